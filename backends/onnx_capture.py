@@ -1,0 +1,181 @@
+"""From an FX graph through torch.export and torch's ONNX exporter; where they stop, the node at which they
+do.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..errors import ExportError
+from ..graph import attribute, error_at
+from .onnx_inputs import Examples, to_cpu
+from .onnx_names import carry_name
+from .onnx_types import translations
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+__all__ = ["Source", "run_exporter"]
+
+_FAILURES: Final = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What torch.export and the exporter raise; they have no common root of their own."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported, and how."""
+
+    gm: fx.GraphModule
+    examples: Examples
+    dims: list[dict[int, Any]]
+    opset: int
+
+
+def _flat_copy(gm: fx.GraphModule, until: fx.Node | None = None) -> fx.GraphModule:
+    """The graph, or its part up to `until`, on the CPU, with one argument per placeholder and a flat tuple of
+    results.
+
+    Every node carries its name. Tensors that are on the CPU already are shared, not copied: nothing writes to
+    them.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            break
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].kwargs = {k: _on_cpu(v) for k, v in copies[node].kwargs.items()}
+        carry_name(copies[node], node.name)
+        if node is until:
+            break
+    result = until or next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    graph.output(tuple(copies[leaf] for leaf in pytree.tree_leaves(result) if isinstance(leaf, fx.Node)))
+    moved: dict[int, Any] = {}
+    root = {str(n.target): _moved(gm, n, moved) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    return fx.GraphModule(root, graph).eval()
+
+
+def _moved(gm: fx.GraphModule, node: fx.Node, moved: dict[int, Any]) -> Any:
+    value = attribute(gm, str(node.target))
+    if isinstance(value, torch.nn.Module):
+        return moved.setdefault(id(value), copy.deepcopy(value).cpu())
+    return moved.setdefault(id(value), to_cpu(value))
+
+
+def _on_cpu(value: Any) -> Any:
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def run_exporter(source: Source) -> ONNXProgram:
+    try:
+        program = _capture(source, _flat_copy(source.gm))
+    except _FAILURES as error:
+        raise _capture_error(source, error) from error
+    try:
+        return _translate(source, program)
+    except _FAILURES as error:
+        raise _translation_error(source, error) from error
+
+
+def _capture(source: Source, module: fx.GraphModule) -> torch.export.ExportedProgram:
+    # Called here and not left to the exporter, which fixes a dimension without a word where torch.export
+    # refuses.
+    shapes = source.examples.shapes(source.dims)
+    with _quiet():
+        return torch.export.export(module, source.examples.arguments(), dynamic_shapes=shapes, strict=False)
+
+
+def _translate(source: Source, program: torch.export.ExportedProgram) -> ONNXProgram:
+    with _quiet():
+        result = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            optimize=False,  # nodes are labelled before they are optimized
+            opset_version=source.opset,
+            dynamic_shapes=tuple(source.dims) if any(source.dims) else None,
+            custom_translation_table=translations(),
+        )
+    if result is None:
+        raise ExportError("torch's ONNX exporter gave no program")
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch.export copies its own tree specs in a way that it warns of itself.
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        yield
+
+
+def _capture_error(source: Source, error: Exception) -> ExportError:
+    """Why torch.export stopped, at the first node with which it does."""
+    fixed = [line.strip() for line in str(error).splitlines() if line.lstrip().startswith("- ")]
+    if any(source.dims) and "Constraints violated" in str(error):
+        names = ", ".join(sorted({dim.__name__ for dims in source.dims for dim in dims.values()}))
+        message = f"the graph cannot be exported with dynamic {names}: " + " ".join(fixed or [str(error)])
+        hint = (
+            "compute with the input's own size there (x.shape[0]), or export static shapes with "
+            "dynamic_shapes=None"
+        )
+    else:
+        message = f"torch.export stopped with {type(error).__name__}: {_first_line(error)}"
+        hint = "check that the graph runs on the example inputs"
+        hint += ", or export static shapes with dynamic_shapes=None" if any(source.dims) else ""
+    node = _first_failing(source, lambda module: _capture(source, module))
+    return _located(message, node, hint)
+
+
+def _translation_error(source: Source, error: Exception) -> ExportError:
+    causes = [error]
+    while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
+        causes.append(causes[-1].__cause__)
+    node = _first_failing(source, lambda module: _translate(source, _capture(source, module)))
+    return _located(
+        f"torch's ONNX exporter cannot translate the graph: {_first_line(causes[-1])}",
+        node,
+        "write this operation with others that ONNX has, or ask for a higher opset",
+    )
+
+
+def _located(message: str, node: fx.Node | None, hint: str) -> ExportError:
+    if node is None:
+        return ExportError(message, hint=hint)
+    found = error_at(ExportError, message, node, hint)
+    assert isinstance(found, ExportError)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _first_failing(source: Source, attempt: Callable[[fx.GraphModule], object]) -> fx.Node | None:
+    """The node at which `attempt` begins to fail, by bisection over the graph's beginnings."""
+    nodes = [n for n in source.gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+
+    def fails(count: int) -> bool:
+        try:
+            attempt(_flat_copy(source.gm, nodes[count - 1]))
+        except _FAILURES:
+            return True
+        return False
+
+    low, high = 0, len(nodes)
+    if not nodes or not fails(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fails(middle) else (middle, high)
+    found: fx.Node = nodes[high - 1]
+    return found

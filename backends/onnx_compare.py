@@ -1,0 +1,146 @@
+"""Node by node, does an ONNX file compute what the FX graph computes?
+
+Each node of the graph runs in PyTorch; the ONNX nodes made from it run in ONNX Runtime, unoptimized, on
+PyTorch's own tensors. So a difference belongs to the node at which it shows, and rounding does not add up
+along the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..errors import EngineError
+from ..graph import origin
+from .onnx_inputs import placeholder_values
+from .onnx_names import NODE, properties
+from .onnxrt import Session
+
+__all__ = ["NodeDifference", "compare_nodes"]
+
+
+@dataclass(frozen=True)
+class NodeDifference:
+    """How far one node's tensor in ONNX Runtime is from PyTorch's.
+
+    Attributes:
+        node: Name of the FX node.
+        dtype: The tensor's type in PyTorch.
+        share: Share of elements that differ at all, in [0, 1].
+        largest: Largest absolute difference; for a quantizer's integers, in steps.
+        sqnr: Signal to difference in dB; infinite where nothing differs.
+        module_path: Where the node came from.
+        source: The user's ``file:line``.
+    """
+
+    node: str
+    dtype: torch.dtype
+    share: float
+    largest: float
+    sqnr: float
+    module_path: str = ""
+    source: str | None = None
+
+
+def compare_nodes(
+    path: str | Path, gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> tuple[NodeDifference, ...]:
+    """Compare an exported file with the graph that it was made from.
+
+    Args:
+        path: What :func:`fxq.backends.onnx_export.export_onnx` wrote.
+        gm: The graph it was given; on any device, not changed.
+        args: Positional inputs.
+        kwargs: Inputs by name.
+
+    Returns:
+        One row for each node whose tensor the file has, in graph order; what was optimized away has none.
+
+    Raises:
+        EngineError: ONNX Runtime cannot run the file.
+    """
+    comparer = _Comparer(gm, Session(path, optimize=False))
+    with torch.no_grad():
+        comparer.run(*placeholder_values(gm, args, kwargs or {}), enable_io_processing=False)
+    return tuple(comparer.rows)
+
+
+class _Comparer(fx.Interpreter):
+    """Runs the graph, and beside each node what it became in ONNX."""
+
+    def __init__(self, gm: fx.GraphModule, session: Session) -> None:
+        super().__init__(gm)
+        self.session = session
+        self.values = _value_names(session)
+        self.inputs: dict[str, Tensor] = {}
+        self.rows: list[NodeDifference] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "placeholder":
+            self._feed_input(result)
+        elif n.op in ("call_function", "call_module", "call_method"):
+            for name, tensor in self._tensors(n, result):
+                self.rows.append(self._compare(n, name, tensor))
+        return result
+
+    def _feed_input(self, value: Any) -> None:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                self.inputs[self.session.input_names[len(self.inputs)]] = leaf
+
+    def _tensors(self, node: fx.Node, result: Any) -> Iterator[tuple[str, Tensor]]:
+        """A node's tensors that the file has, with their ONNX names."""
+        whole = isinstance(result, Tensor)
+        for index, tensor in enumerate(
+            [result] if whole else result if isinstance(result, tuple | list) else []
+        ):
+            name = self.values.get(node.name if whole else f"{node.name}__{index}")
+            if name is not None and isinstance(tensor, Tensor):
+                yield name, tensor
+
+    def _compare(self, node: fx.Node, name: str, tensor: Tensor) -> NodeDifference:
+        given = dict(self.inputs)
+        for other, value in self.env.items():
+            given.update({found: held for found, held in self._tensors(other, value) if found != name})
+        return _difference(node, tensor.cpu(), self.session.compute([name], given)[name])
+
+
+def _value_names(session: Session) -> dict[str, str]:
+    """ONNX tensor names by FX value; they differ only where the value is an output of the model."""
+    names = {name: name for name in session.value_names}
+    for node in session.model.graph.node:
+        label = properties(node).get(NODE)
+        for index, name in enumerate(node.output):
+            if label is not None and name in session.output_names:
+                names[label if len(node.output) == 1 else f"{label}__{index}"] = name
+    return names
+
+
+def _difference(node: fx.Node, ours: Tensor, theirs: Tensor) -> NodeDifference:
+    if ours.shape != theirs.shape:
+        raise EngineError(
+            f"{node.name} has shape {tuple(theirs.shape)} in ONNX Runtime and {tuple(ours.shape)} in PyTorch",
+            node=node.name,
+            hint="compare a file with the graph that it was exported from",
+        )
+    one, other = ours.double(), theirs.double()
+    off = (one - other).abs()
+    noise, signal = float(off.square().sum()), float(one.square().sum())
+    where = origin(node)
+    return NodeDifference(
+        node=node.name,
+        dtype=ours.dtype,
+        share=float((off > 0).double().mean()) if off.numel() else 0.0,
+        largest=float(off.max()) if off.numel() else 0.0,
+        sqnr=math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf,
+        module_path=where.module_path,
+        source=where.source,
+    )

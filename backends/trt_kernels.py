@@ -1,0 +1,213 @@
+"""The kernels of a TensorRT engine, read from the builder's log or from the engine inspector's JSON.
+
+TensorRT-RTX's builder ends its VERBOSE log with a section ``Layers:``, one line a kernel. TensorRT's does
+not; there the inspector of a loaded engine says the same as JSON, in one schema for 10.x
+(``Format/Datatype``) and another for 11.x (``Format`` and ``Datatype`` apart). Both need an engine built with
+detailed profiling verbosity.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+__all__ = ["LayerInfo", "TensorInfo", "kernels_from_inspector", "kernels_from_log"]
+
+# TensorRT's spellings of a data type -> (ours, bits). The long ones occur inside a format's description.
+_DTYPES = {
+    "Float": ("float32", 32), "FP32": ("float32", 32), "Half": ("float16", 16), "FP16": ("float16", 16),
+    "BFloat16": ("bfloat16", 16), "BF16": ("bfloat16", 16), "FP8": ("float8", 8), "FP4": ("float4", 4),
+    "Int64": ("int64", 64), "INT64": ("int64", 64), "Int32": ("int32", 32), "INT32": ("int32", 32),
+    "Int8": ("int8", 8), "INT8": ("int8", 8), "UInt8": ("uint8", 8), "UINT8": ("uint8", 8), "Int4": ("int4",
+    4), "INT4": ("int4", 4), "Bool": ("bool", 8), "BOOL": ("bool", 8), "E8M0": ("e8m0", 8),
+}  # fmt: skip
+_BITS = dict(_DTYPES.values())
+_DTYPE_WORD = re.compile(r"\b(" + "|".join(sorted(_DTYPES, key=len, reverse=True)) + r")\b")
+
+# Bookkeeping that runs no kernel on tensors.
+_NOT_KERNELS = frozenset({"signal", "wait", "shape_call", "constant", "noop"})
+# Layer types that multiply by weights, and the fused kinds where the kernel's name has to tell.
+_WEIGHTED = re.compile(r"conv|correlation|gemm|gett|matmul|matrixmultiply|^fc$|fullyconnected", re.IGNORECASE)
+_FUSED = re.compile(r"^(runtime_)?fusion$", re.IGNORECASE)
+_WEIGHTED_NAME = re.compile(r"Fc|Gemm|gemm|MatMul|Conv|Dot")
+
+# A list is empty or ends in "}]"; the lone "]" of a shape inside it does not end it.
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>|.*?\})\]"
+    r"(?:, Constants: \[(?P<constants>|.*?\})\])?, Outputs: \[(?P<outputs>|.*?\})\], (?:.*?, )?"
+    r"TacticName: (?P<tactic>.*?), StreamId: \d+, (?:.*?, )?Metadata: ?(?P<metadata>.*)"
+)
+_TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([^\]]*)\][^{}]*?, Data[tT]ype: (\w+)")
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: (.*?)\](?=[\s\x1e\x1f\[]|$)")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that a kernel reads or writes.
+
+    Attributes:
+        name: TensorRT's name.
+        shape: Its dimensions; -1 where they depend on the optimization profile.
+        dtype: ``"int8"``, ``"float32"``, …, or TensorRT's own word where fxq does not know it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int | None:
+        """Size in bytes without padding, or None where a dimension or the type is not known."""
+        if self.dtype not in _BITS or any(dim < 0 for dim in self.shape):
+            return None
+        return (prod(self.shape) * _BITS[self.dtype] + 7) // 8
+
+    def __str__(self) -> str:
+        """``name int8[1, 64, 56, 56]``."""
+        return f"{self.name} {self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One kernel of an engine.
+
+    Attributes:
+        name: TensorRT's name of it.
+        kind: TensorRT's layer type, for example ``"correlation"`` or ``"CaskConvolution"``; ``"unknown"`` for
+            a line of the log that could not be read, which then has no tensors.
+        inputs: Activations that it reads.
+        outputs: What it writes.
+        constants: Weights, scales and biases that it holds.
+        tactic: Name of the implementation that was chosen.
+        onnx_nodes: Names of the ONNX nodes that it came from.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[TensorInfo, ...] = ()
+    outputs: tuple[TensorInfo, ...] = ()
+    constants: tuple[TensorInfo, ...] = ()
+    tactic: str = ""
+    onnx_nodes: tuple[str, ...] = ()
+
+    @property
+    def weighted(self) -> bool:
+        """True for convolutions and matrix products, alone or inside a fused kernel."""
+        if _FUSED.search(self.kind):
+            return bool(_WEIGHTED_NAME.search(self.name) or _WEIGHTED_NAME.search(self.tactic))
+        return bool(_WEIGHTED.search(self.kind))
+
+    @property
+    def weights(self) -> TensorInfo | None:
+        """The largest constant with two dimensions above 1; None for a product of two activations."""
+        matrices = [constant for constant in self.constants if sum(dim > 1 for dim in constant.shape) > 1]
+        return max(matrices, key=lambda constant: prod(constant.shape), default=None)
+
+    @property
+    def reads_int8(self) -> bool:
+        """True where the activation and the weights (or the second activation) both come in as INT8."""
+        if not self.inputs:
+            return False
+        other = self.weights or self.inputs[-1]
+        return self.inputs[0].dtype == "int8" and other.dtype == "int8"
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """Bytes of activations read and written, or None where a size is not known."""
+        sizes = [tensor.nbytes for tensor in (*self.inputs, *self.outputs)]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+
+def kernels_from_log(messages: Iterable[str]) -> tuple[LayerInfo, ...] | None:
+    """Read the kernels from a builder's VERBOSE messages, or return None where they list none.
+
+    Args:
+        messages: The texts in the order in which they were logged. Of several listings the last one counts.
+    """
+    listing = None
+    for message in messages:
+        _, found, after = message.partition("Layers:\n")
+        if found:
+            listing = after
+    if listing is None:
+        return None
+    # The section ends at a blank line. Not splitlines(): TensorRT separates ONNX names by control characters
+    # that Python counts as line ends.
+    lines = (line for line in listing.split("\n\n", 1)[0].split("\n") if line.startswith("Name: "))
+    layers = (_layer_from_line(line) for line in lines)
+    return tuple(layer for layer in layers if layer.kind.lower() not in _NOT_KERNELS)
+
+
+def kernels_from_inspector(text: str) -> tuple[LayerInfo, ...] | None:
+    """Read the kernels from ``IEngineInspector.get_engine_information`` in JSON format.
+
+    Returns None where the engine was built without detailed profiling verbosity: its layers are then bare
+    names.
+    """
+    layers = json.loads(text).get("Layers", [])
+    if not layers or not all(isinstance(layer, dict) for layer in layers):
+        return None
+    found = (_layer_from_json(layer) for layer in layers)
+    return tuple(layer for layer in found if layer.kind.lower() not in _NOT_KERNELS)
+
+
+def _layer_from_line(line: str) -> LayerInfo:
+    match = _LAYER.fullmatch(line.rstrip())
+    if match is None:
+        return LayerInfo(name=line.removeprefix("Name: ").partition(", LayerType: ")[0], kind="unknown")
+    return LayerInfo(
+        name=match["name"],
+        kind=match["kind"].strip(),
+        inputs=_tensors_from_line(match["inputs"]),
+        outputs=_tensors_from_line(match["outputs"]),
+        constants=_tensors_from_line(match["constants"] or ""),
+        tactic=match["tactic"],
+        onnx_nodes=_onnx_nodes(match["metadata"]),
+    )
+
+
+def _tensors_from_line(text: str) -> tuple[TensorInfo, ...]:
+    return tuple(
+        TensorInfo(name, tuple(int(dim) for dim in dims.split(",") if dim.strip()), _dtype(dtype))
+        for name, dims, dtype in _TENSOR.findall(text)
+    )
+
+
+def _layer_from_json(layer: Mapping[str, Any]) -> LayerInfo:
+    constants = [_tensor_from_json(constant) for constant in layer.get("Constants", [])]
+    weights = layer.get("Weights")
+    if isinstance(weights, dict) and weights.get("Count"):
+        # Only the number of weights is given. Two dimensions, so that they are told from a scale or a bias.
+        count = int(weights["Count"])
+        outer = int(layer.get("OutMaps") or 1)
+        shape = (outer, count // outer) if count % outer == 0 else (count,)
+        constants.append(TensorInfo("Weights", shape, _dtype(str(weights.get("Type", "")))))
+    return LayerInfo(
+        name=str(layer.get("Name", "")),
+        kind=str(layer.get("LayerType", "unknown")),
+        inputs=tuple(_tensor_from_json(tensor) for tensor in layer.get("Inputs", [])),
+        outputs=tuple(_tensor_from_json(tensor) for tensor in layer.get("Outputs", [])),
+        constants=tuple(constants),
+        tactic=str(layer.get("TacticName", "")),
+        onnx_nodes=_onnx_nodes(str(layer.get("Metadata", ""))),
+    )
+
+
+def _tensor_from_json(tensor: Mapping[str, Any]) -> TensorInfo:
+    described = tensor.get("Datatype") or tensor.get("DataType") or tensor.get("Format/Datatype") or ""
+    shape = tuple(int(dim) for dim in tensor.get("Dimensions", []))
+    return TensorInfo(str(tensor.get("Name", "")), shape, _dtype(str(described)))
+
+
+def _dtype(described: str) -> str:
+    word = _DTYPE_WORD.search(described)
+    return _DTYPES[word[1]][0] if word else described or "unknown"
+
+
+def _onnx_nodes(metadata: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_ONNX_LAYER.findall(metadata)))

@@ -1,0 +1,46 @@
+"""fxq: quantize PyTorch models for TensorRT by rewriting their torch.fx graph.
+
+The names here are the whole of the public face; ``fxq.passes`` and ``fxq.backends`` hold the passes and the backends.
+"""
+
+from __future__ import annotations
+
+from . import passes
+from .errors import FxqError
+from .flow import build, calibrate, convert, export, lint, prepare, quantize, report, trace
+from .graph import Editor
+from .manager import PassManager, Pipeline
+from .passbase import Pass, PassResult
+from .printer import format_graph
+from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
+from .target import Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EdgeSpecs",
+    "Editor",
+    "FxqError",
+    "Method",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "PerChannel",
+    "PerTensor",
+    "Pipeline",
+    "QSpec",
+    "Recipe",
+    "Rule",
+    "Target",
+    "build",
+    "calibrate",
+    "convert",
+    "export",
+    "format_graph",
+    "lint",
+    "passes",
+    "prepare",
+    "quantize",
+    "report",
+    "trace",
+]

@@ -1,0 +1,297 @@
+"""The user's door: from a model to an engine, each function the list of its steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from . import calibration
+from .errors import CalibrationError, ConvertError, ExportError
+from .graph import state, update_state
+from .manager import PassManager, Pipeline
+from .passes import CONVERT, PREPARE
+from .recipe import Recipe
+from .reports import Report, build_report
+from .rules import Findings
+from .target import Target
+from .tracer import example_arguments, trace_model
+
+if TYPE_CHECKING:
+    from .backends.trt_engine import Engine
+
+__all__ = ["build", "calibrate", "convert", "export", "lint", "prepare", "quantize", "report", "trace"]
+
+DynamicShapes = str | Mapping[str, Mapping[int, str | tuple[int, int]]] | None
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    target: str | Path | Target = "tensorrt",
+    recipe: Recipe | None = None,
+    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
+    """Trace a model to a graph whose nodes know their shape, module path and source line.
+
+    Args:
+        model: Any module that torch.fx can follow; it is copied, in eval mode, and not changed.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
+        example_kwargs: More inputs by name.
+        target: ``"tensorrt"``, a target file, or a Target.
+        recipe: What to quantize beyond the target's defaults.
+        leaf_modules: Module types or paths that stay whole.
+        concrete_args: Parameters of forward fixed to a value.
+
+    Raises:
+        TraceError: Tracing stopped; the message names the user's line and the ways out.
+    """
+    args, kwargs = example_arguments(example_inputs, example_kwargs)
+    return trace_model(
+        model,
+        args,
+        kwargs,
+        target=Target.load(target),
+        recipe=recipe or Recipe(),
+        leaf_modules=leaf_modules,
+        concrete_args=concrete_args,
+    )
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    target: str | Path | Target = "tensorrt",
+    pipeline: Pipeline | None = None,
+    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
+    """Trace, normalize, fuse, and put observers where the target's rules want quantizers.
+
+    Args:
+        model: The float model; not changed. On a GPU, the result is there too.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
+        example_kwargs: More inputs by name.
+        recipe: Rules that change the target's placement; None for none.
+        target: ``"tensorrt"`` (default), a target file, or a Target.
+        pipeline: What to run instead of :data:`fxq.passes.PREPARE`.
+        leaf_modules: Module types or paths that stay whole, and float.
+        concrete_args: Parameters of forward fixed to a value.
+
+    Returns:
+        A GraphModule with observers, ready for :func:`calibrate`.
+
+    Raises:
+        TraceError: Tracing stopped.
+        RecipeError: A rule matches nothing or asks for what cannot be.
+    """
+    gm = trace(
+        model,
+        example_inputs,
+        example_kwargs=example_kwargs,
+        target=target,
+        recipe=recipe,
+        leaf_modules=leaf_modules,
+        concrete_args=concrete_args,
+    )
+    chosen = pipeline or PREPARE
+    gm = PassManager().run(chosen, gm, inplace=True)
+    _remember(gm, prepare=str(chosen))
+    return gm
+
+
+def calibrate(
+    prepared: fx.GraphModule,
+    batches: Iterable[Any] | torch.Tensor | None,
+    *,
+    max_batches: int | None = None,
+    progress: bool = True,
+    performance_only: bool = False,
+) -> calibration.CalibrationReport:
+    """Feed data to the observers of `prepared` and solve their scales.
+
+    Args:
+        prepared: What :func:`prepare` returned; its observers are changed.
+        batches: A DataLoader or any iterable of inputs: a tensor, a tuple of inputs (further elements, such as labels,
+            are dropped), or a dict by input name. About 500 images in all are usual (R34).
+        max_batches: Stop after so many.
+        progress: Show a progress bar if stderr is a terminal.
+        performance_only: With ``batches=None``: calibrate on random data, good for measuring speed and nothing else.
+            The report and the exported file say so.
+
+    Returns:
+        Ranges and scales per tensor.
+
+    Raises:
+        CalibrationError: No data, NaN or Inf, or a quantizer that no data reached; the message names the place.
+    """
+    if (batches is None) != performance_only:
+        raise CalibrationError(
+            "performance_only goes with batches=None, and only then",
+            hint="pass real data, or batches=None, performance_only=True to measure speed",
+        )
+    held = state(prepared)
+    if "quantized" in held.properties:
+        raise CalibrationError("this graph is converted already", hint="calibrate what fxq.prepare returned")
+    if batches is None:
+        batches = calibration.random_batches(held.example_args, held.example_kwargs)
+    found = calibration.calibrate(prepared, batches, max_batches=max_batches, progress=progress)
+    _remember(prepared, calibration={"batches": found.batches, "performance_only": performance_only})
+    return found
+
+
+def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.GraphModule:
+    """Make quantization explicit: integer weights, and quantize and dequantize operations with constant scales.
+
+    Args:
+        prepared: A calibrated graph; it stays usable.
+        pipeline: What to run instead of :data:`fxq.passes.CONVERT`.
+
+    Returns:
+        A new GraphModule that runs in PyTorch as the engine will compute.
+
+    Raises:
+        ConvertError: The graph is converted already.
+        CalibrationError: Quantizers have no scale yet; all of them are named.
+    """
+    if "quantized" in state(prepared).properties:
+        raise ConvertError(
+            "this graph is converted already", hint="export it, or convert what fxq.prepare returned"
+        )
+    chosen = pipeline or CONVERT
+    gm = PassManager().run(chosen, prepared)
+    _remember(gm, convert=str(chosen))
+    return gm
+
+
+def export(
+    quantized: fx.GraphModule,
+    path: str | Path,
+    *,
+    dynamic_shapes: DynamicShapes = "batch",
+    opset: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Path:
+    """Write a converted graph as a Q/DQ ONNX file, cleaned up and checked.
+
+    Args:
+        quantized: What :func:`convert` returned, or a traced float graph.
+        path: Where to write; written whole or not at all.
+        dynamic_shapes: ``"batch"`` (the first dimension of every input), None for static shapes, or
+            ``{input: {dim: name or (min, max)}}``.
+        opset: ONNX opset; None takes the lowest that holds what the graph uses (R15).
+        input_names: Names of the ONNX inputs; None keeps the names of forward's parameters.
+        output_names: Names of the ONNX outputs; None gives ``output`` or ``output_0``, ``output_1`` ….
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: The graph has observers still, or cannot be exported so.
+    """
+    from .backends.onnx_export import export_onnx
+
+    held = state(quantized)
+    if "observed" in held.properties and "quantized" not in held.properties:
+        raise ExportError("this graph has observers, not quantizers", hint="run fxq.convert(prepared) first")
+    return export_onnx(
+        quantized,
+        held.example_args,
+        dict(held.example_kwargs),
+        path,
+        dynamic_shapes=dynamic_shapes,
+        opset=opset,
+        input_names=input_names,
+        output_names=output_names,
+    )
+
+
+def build(path: str | Path, engine_path: str | Path, **options: Any) -> Engine:
+    """Build a strongly typed TensorRT engine from a Q/DQ ONNX file.
+
+    Args:
+        path: The ONNX file.
+        engine_path: Where to write the engine; written whole or not at all.
+        options: See :func:`fxq.backends.trt_build.build`.
+
+    Returns:
+        What was built, with its kernels where TensorRT shows them. It is loaded only when run.
+
+    Raises:
+        BuildError: TensorRT refused the network; every parser error is named.
+        MissingDependencyError: The package tensorrt is not installed.
+    """
+    from .backends.trt_build import build as build_engine
+
+    return build_engine(path, engine_path, **options)
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    recipe: Recipe | None = None,
+    target: str | Path | Target = "tensorrt",
+    max_batches: int | None = None,
+    progress: bool = True,
+) -> fx.GraphModule:
+    """:func:`prepare`, :func:`calibrate` and :func:`convert` in one call.
+
+    Args:
+        model: The float model; not changed.
+        batches: Calibration data; its first batch serves as the example too.
+        recipe: Rules that change the target's placement.
+        target: ``"tensorrt"``, a target file, or a Target.
+        max_batches: Stop calibration after so many.
+        progress: Show a progress bar if stderr is a terminal.
+
+    Raises:
+        CalibrationError: There is no batch.
+    """
+    iterator = iter([batches] if isinstance(batches, torch.Tensor) else batches)
+    first = next(iterator, None)
+    if first is None:
+        raise CalibrationError("there is no batch to calibrate on", hint="pass an iterable of inputs")
+    args, kwargs = calibration.model_inputs(model, first)
+    prepared = prepare(model, args, example_kwargs=kwargs, recipe=recipe, target=target)
+    calibrate(prepared, itertools.chain([first], iterator), max_batches=max_batches, progress=progress)
+    return convert(prepared)
+
+
+def report(gm: fx.GraphModule) -> Report:
+    """What is quantized in `gm`, where, by which rule, and what is not and why.
+
+    Args:
+        gm: A prepared or converted graph.
+    """
+    return build_report(gm)
+
+
+def lint(path: str | Path) -> Findings:
+    """Check a Q/DQ network against TensorRT's rules.
+
+    Args:
+        path: An ONNX file from any tool.
+
+    Returns:
+        Findings with rule, node, reason and fix; empty if the rules are kept.
+    """
+    from .backends.onnx_lint import lint_onnx
+
+    return lint_onnx(path)
+
+
+def _remember(gm: fx.GraphModule, **facts: Any) -> None:
+    """Add to the graph's provenance."""
+    update_state(gm, provenance={**state(gm).provenance, **facts})

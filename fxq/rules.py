@@ -1,0 +1,335 @@
+"""The rule table, what a check finds, and where checks register.
+
+TensorRT's rules for explicit quantization are data (``rules.yaml``): :data:`RULES` holds them by id. A check
+is a generator function over one kind of graph that yields a :class:`Finding` wherever a rule is broken::
+
+    @check("onnx", "R14")
+    def integer_operators(graph: OnnxGraph) -> Iterator[Finding]: ...
+
+``python -m fxq.rules`` prints the table as Markdown, which is docs/rules.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
+
+import yaml
+
+from .errors import FxqError
+
+__all__ = [
+    "RULES",
+    "SEVERITIES",
+    "Check",
+    "Finding",
+    "Findings",
+    "GraphKind",
+    "RuleInfo",
+    "Severity",
+    "check",
+    "checks",
+    "rules_as_markdown",
+    "run_checks",
+]
+
+Severity: TypeAlias = Literal["error", "warning", "advice"]
+SEVERITIES: Final[tuple[Severity, ...]] = ("error", "warning", "advice")
+"""Worst first.
+
+``error``: TensorRT refuses the network, cannot run the layer as it is meant, or computes something else.
+``warning``: the network builds, and loses speed or accuracy.
+``advice``: a kernel heuristic, or something that costs little; measure.
+"""
+
+GraphKind: TypeAlias = Literal["onnx", "fx"]
+
+WIDTH: Final = 110
+
+
+@dataclass(frozen=True)
+class RuleInfo:
+    """One of TensorRT's rules for explicit quantization.
+
+    Attributes:
+        id: ``R23``.
+        title: What the rule says.
+        why: What happens to a network that breaks it.
+        fix: What to do.
+        trt: The TensorRT versions it is known to hold for; None for all with explicit quantization.
+        check: What a check of a graph looks at; None if a graph cannot show the rule.
+    """
+
+    id: str
+    title: str
+    why: str
+    fix: str
+    trt: str | None = None
+    check: str | None = None
+
+
+def _load() -> dict[str, RuleInfo]:
+    data = yaml.safe_load((resources.files("fxq") / "rules.yaml").read_text(encoding="utf-8"))
+    return {name: RuleInfo(name, **row) for name, row in data.items()}
+
+
+RULES: Final[Mapping[str, RuleInfo]] = _load()
+"""The rules by id, in the order of their numbers."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A place where a graph breaks a rule.
+
+    Attributes:
+        rule: Id of the rule, a key of :data:`RULES`.
+        severity: One of :data:`SEVERITIES`.
+        node: Name of the graph's node; None if the whole file is meant.
+        message: What is wrong there, one sentence with names and numbers.
+        why: Why it matters; "" takes the rule's.
+        fix: What to do; "" takes the rule's.
+        module_path: Dotted path of the user's module that the node came from, if the graph says so.
+        source: The user's ``file:line``, if the graph says so.
+
+    Raises:
+        FxqError: There is no such rule or severity.
+    """
+
+    rule: str
+    severity: Severity
+    node: str | None
+    message: str
+    why: str = ""
+    fix: str = ""
+    module_path: str | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise FxqError(f"no rule {self.rule!r}", node=self.node, hint="add it to fxq/rules.yaml")
+        if self.severity not in SEVERITIES:
+            raise FxqError(
+                f"no severity {self.severity!r}", node=self.node, hint=f"use one of {', '.join(SEVERITIES)}"
+            )
+        object.__setattr__(self, "why", self.why or RULES[self.rule].why)
+        object.__setattr__(self, "fix", self.fix or RULES[self.rule].fix)
+
+    @property
+    def place(self) -> str:
+        """Module path and source line, as far as they are known; "" if neither is."""
+        return " at ".join(part for part in (self.module_path, self.source) if part)
+
+    def __str__(self) -> str:
+        text = f"{self.severity} {self.rule} {self.node or 'the file'}: {self.message}"
+        return f"{text} ({self.place})" if self.place else text
+
+
+@dataclass(frozen=True)
+class Findings(Sequence[Finding]):
+    """What the checks of one graph found, in the graph's order. Empty, and so false, if nothing.
+
+    Attributes:
+        items: The findings.
+    """
+
+    items: tuple[Finding, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "items", tuple(self.items))
+
+    @overload
+    def __getitem__(self, index: int) -> Finding: ...
+    @overload
+    def __getitem__(self, index: slice) -> Findings: ...
+    def __getitem__(self, index: int | slice) -> Finding | Findings:
+        return Findings(self.items[index]) if isinstance(index, slice) else self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def errors(self) -> Findings:
+        """The findings of severity ``error``."""
+        return self.of(severity="error")
+
+    @property
+    def warnings(self) -> Findings:
+        """The findings of severity ``warning``."""
+        return self.of(severity="warning")
+
+    @property
+    def advice(self) -> Findings:
+        """The findings of severity ``advice``."""
+        return self.of(severity="advice")
+
+    def of(self, rule: str | None = None, *, severity: Severity | None = None) -> Findings:
+        """The findings of one rule, one severity, or both.
+
+        Args:
+            rule: Rule id; None (default) takes all.
+            severity: Severity; None (default) takes all.
+        """
+        return Findings(
+            tuple(f for f in self.items if rule in (None, f.rule) and severity in (None, f.severity))
+        )
+
+    def __str__(self) -> str:
+        if not self.items:
+            return "no findings"
+        parts = [f"{len(self)} finding{'s' if len(self) > 1 else ''}: {self._counts()}"]
+        parts += [_section(severity, rule, found) for (severity, rule), found in self._grouped()]
+        return "\n\n".join(parts)
+
+    def _counts(self) -> str:
+        counts = [(len(self.of(severity=s)), s) for s in SEVERITIES]
+        plural = {"error": "errors", "warning": "warnings", "advice": "advice"}
+        return ", ".join(f"{n} {s if n == 1 else plural[s]}" for n, s in counts if n)
+
+    def _grouped(self) -> list[tuple[tuple[Severity, str], list[Finding]]]:
+        """By severity and rule, worst first and then by the rule's number."""
+        groups: dict[tuple[Severity, str], list[Finding]] = {}
+        for finding in self.items:
+            groups.setdefault((finding.severity, finding.rule), []).append(finding)
+        return sorted(groups.items(), key=lambda row: (SEVERITIES.index(row[0][0]), int(row[0][1][1:])))
+
+
+def _section(severity: Severity, rule: str, found: Sequence[Finding]) -> str:
+    """The findings of one rule: its title, a line for each place, and each why and fix once."""
+    lines = [f"{severity}  {rule}  {RULES[rule].title}"]
+    for finding in found:
+        lines += _wrap(f"- {finding.node or 'the file'}: {finding.message}", indent=4)
+        lines += [f"    {finding.place}"] if finding.place else []
+    for label, texts in (("why: ", [f.why for f in found]), ("fix: ", [f.fix for f in found])):
+        lines += [line for text in dict.fromkeys(texts) for line in _wrap(label + text, indent=7)]
+    return "\n".join(lines)
+
+
+def _wrap(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+CheckFunction: TypeAlias = Callable[[Any], Iterable[Finding]]
+F = TypeVar("F", bound=CheckFunction)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A registered check.
+
+    Attributes:
+        graph: The kind of graph that it reads: ``onnx`` or ``fx``.
+        rules: Ids of the rules whose breaches it finds.
+        run: The check: takes the graph, gives findings.
+    """
+
+    graph: GraphKind
+    rules: tuple[str, ...]
+    run: CheckFunction
+
+    @property
+    def name(self) -> str:
+        """The check function's name."""
+        return self.run.__name__
+
+
+_CHECKS: Final[list[Check]] = []
+
+
+def check(graph: GraphKind, *rules: str) -> Callable[[F], F]:
+    """Register a function as a check.
+
+    Args:
+        graph: The kind of graph that it reads.
+        rules: Ids of the rules whose breaches it finds, at least one.
+
+    Returns:
+        A decorator that gives the function back as it is.
+
+    Raises:
+        FxqError: A rule is not in the table, or none is named.
+    """
+    unknown = [rule for rule in rules if rule not in RULES]
+    if unknown or not rules:
+        raise FxqError(
+            f"a check for {', '.join(unknown) or 'no rule'}", hint="name rules that fxq/rules.yaml holds"
+        )
+
+    def register(function: F) -> F:
+        _CHECKS.append(Check(graph, rules, function))
+        return function
+
+    return register
+
+
+def checks(graph: GraphKind) -> tuple[Check, ...]:
+    """The checks of one kind of graph, in the order of their registration.
+
+    Args:
+        graph: ``onnx`` (registered by :mod:`fxq.backends.onnx_lint`) or ``fx``.
+    """
+    return tuple(c for c in _CHECKS if c.graph == graph)
+
+
+def run_checks(kind: GraphKind, graph: Any, *, rules: Collection[str] | None = None) -> Iterator[Finding]:
+    """Run the checks of one kind of graph.
+
+    Args:
+        kind: The kind of graph.
+        graph: What the checks read.
+        rules: Ids of the rules to look for; None (default) takes all.
+
+    Yields:
+        Findings, check by check.
+
+    Raises:
+        FxqError: A check found a breach of a rule that it is not registered for.
+    """
+    for one in checks(kind):
+        if rules is not None and not set(rules).intersection(one.rules):
+            continue
+        for finding in one.run(graph):
+            if finding.rule not in one.rules:
+                raise FxqError(
+                    f"the check {one.name} is registered for {one.rules} and found {finding.rule}",
+                    node=finding.node,
+                )
+            if rules is None or finding.rule in rules:
+                yield finding
+
+
+def rules_as_markdown() -> str:
+    """The rule table as Markdown: what docs/rules.md holds."""
+    head = """\
+# TensorRT's rules for explicit quantization
+
+The rules that fxq places quantizers by, cites in its reports and looks for in ONNX files. Printed by
+`python -m fxq.rules` from `fxq/rules.yaml`: change them there.
+
+A finding is an **error** where TensorRT refuses the network, cannot run the layer as it is meant or computes
+something else, a **warning** where the network builds and loses speed or accuracy, and **advice** where it
+is a kernel heuristic or costs little.
+"""
+    return head + "".join(_rule_as_markdown(rule) for rule in RULES.values())
+
+
+def _rule_as_markdown(rule: RuleInfo) -> str:
+    rows = [("Why", rule.why), ("Fix", rule.fix), ("TensorRT", rule.trt), ("Checked", rule.check)]
+    items = [
+        textwrap.fill(f"- *{label}*: {text}", WIDTH, subsequent_indent="  ") for label, text in rows if text
+    ]
+    return f"\n## {rule.id}: {rule.title}\n\n" + "\n".join(items) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(rules_as_markdown())

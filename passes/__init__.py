@@ -1,0 +1,32 @@
+"""The passes, one a file, in the order of the pipelines that :mod:`fxq.passes.pipelines` holds as data."""
+
+from __future__ import annotations
+
+from .advise import Advise
+from .annotate import Annotate
+from .canonicalize import Canonicalize
+from .convert_quantizers import ConvertQuantizers
+from .drop_identities import DropIdentities
+from .expand_modules import ExpandModules
+from .functionalize import Functionalize
+from .fuse_batch_norm import FuseBatchNorm
+from .insert_quantizers import InsertQuantizers
+from .pipelines import CONVERT, PREPARE
+from .residual_add import ResidualAdd
+from .tie_scales import TieScales
+
+__all__ = [
+    "CONVERT",
+    "PREPARE",
+    "Advise",
+    "Annotate",
+    "Canonicalize",
+    "ConvertQuantizers",
+    "DropIdentities",
+    "ExpandModules",
+    "Functionalize",
+    "FuseBatchNorm",
+    "InsertQuantizers",
+    "ResidualAdd",
+    "TieScales",
+]

@@ -1,0 +1,60 @@
+"""Canonicalize: one spelling for each operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from ..graph import Editor, tensor_info
+from ..ops import Spelling, bind, kind, spelling, split_args
+from ..passbase import Pass
+
+__all__ = ["Canonicalize"]
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Rewrite every known function and method call into its kind's canonical call.
+
+    Problem: ``x + y``, ``torch.add(x, y)``, ``x.add(y)`` and ``x += y`` are one operation; passes that list spellings
+    forget some.
+
+    Rewrite: the canonical function of :data:`fxq.ops.KINDS`, tensors by position, everything else by keyword with
+    defaults filled in, one number per spatial dimension.
+
+    Declines: calls with an argument that the canonical function lacks (``alpha=2``, ``out=``, a dtype); they stay as
+    they are, and no later pass takes them for something else. Arithmetic on Python numbers (sizes) is left alone.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    requires: ClassVar[tuple[str, ...]] = ("functional",)
+
+    def call(self, editor: Editor) -> None:
+        for node in list(editor.graph.nodes):
+            spelled = spelling(node)
+            if spelled is not None:
+                self._rewrite(editor, node, spelled)
+
+    @staticmethod
+    def _rewrite(editor: Editor, node: fx.Node, spelled: Spelling) -> None:
+        if (
+            node.op == "call_function"
+            and tensor_info(node) is None
+            and not isinstance(node.meta.get("tensor"), tuple)
+        ):
+            if kind(node) is spelled.kind:
+                return
+        bound = bind(spelled, node.args, node.kwargs)
+        if bound is None:
+            return
+        args, kwargs = split_args(spelled.kind, _swapped(node, bound))
+        editor.retarget(node, spelled.kind.target, args, kwargs)
+
+
+def _swapped(node: fx.Node, bound: dict[str, Any]) -> dict[str, Any]:
+    """Reflected operators (``__radd__``, ``__rmul__``) take their operands the other way round."""
+    if node.op == "call_method" and str(node.target) in ("__radd__", "__rmul__"):
+        return {**bound, "input": bound["other"], "other": bound["input"]}
+    return bound

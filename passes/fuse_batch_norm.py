@@ -1,0 +1,178 @@
+r"""Fuse BatchNorm into the convolution or linear layer before it.
+
+With :math:`s = \gamma / \sqrt{\mathrm{var} + \epsilon}`, inference-time BatchNorm of :math:`y = W x + b` is
+
+.. math:: s\,(W x + b - \mathrm{mean}) + \beta = (s W)\, x + \big(s\,(b - \mathrm{mean}) + \beta\big)
+
+with :math:`s` along the weight's output-channel axis: 0 for convolutions and linear layers; for a transposed
+convolution in g groups the weight is [in, out/g, …] and the channels of group k lie in rows k of ``in``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from ..graph import ORIGIN, Editor, constant, origin, tensor_info
+from ..ops import kind_name
+from ..passbase import Pass
+
+__all__ = ["FuseBatchNorm", "fold"]
+
+_FOLDABLE = frozenset(
+    ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
+)
+
+
+def fold(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    eps: float,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight and bias of a layer with the BatchNorm after it folded in.
+
+    Args:
+        weight: The layer's weight; [out, in/groups, …], or [in, out/groups, …] if `transposed`.
+        bias: Its bias, [out], or None.
+        mean: Running mean, [out].
+        var: Running variance, [out].
+        gamma: BatchNorm's weight, [out], or None for 1.
+        beta: BatchNorm's bias, [out], or None for 0.
+        eps: BatchNorm's epsilon.
+        groups: The layer's groups.
+        transposed: Whether the layer is a transposed convolution.
+
+    Returns:
+        Weight and bias in the weight's dtype. The factors are computed in float64 and each weight is multiplied once,
+        in float32 or wider, so that it is rounded once.
+    """
+    exact = torch.float64
+    scale = torch.rsqrt(var.to(exact) + eps)
+    if gamma is not None:
+        scale = scale * gamma.to(exact)
+    shift = -mean.to(exact) * scale
+    if bias is not None:
+        shift = shift + bias.to(exact) * scale
+    if beta is not None:
+        shift = shift + beta.to(exact)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factor = scale.to(wide)
+    if transposed:
+        grouped = weight.to(wide).unflatten(0, (groups, -1))  # [g, in/g, out/g, …]
+        folded = (grouped * factor.view(groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+    else:
+        folded = weight.to(wide) * factor.view(-1, *[1] * (weight.dim() - 1))
+    return folded.to(weight.dtype), shift.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class FuseBatchNorm(Pass):
+    """Fold BatchNorm into the Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear before it.
+
+    Problem: TensorRT folds BatchNorm itself and would derive other weight ranges than those that were calibrated (R22).
+
+    Rewrite: ``batch_norm(conv(x, W, b), …)`` becomes ``conv(x, W', b')`` under the name of the BatchNorm, the last node
+    that it replaces, with the weight at its old path. A weight that other nodes read too stays, and the folded one
+    goes beside it.
+
+    Declines, with a note: the layer's result has other readers; running statistics are missing or BatchNorm is in
+    training mode; the weight is computed, not stored; a Linear layer whose features are not BatchNorm's channels.
+    """
+
+    name: ClassVar[str] = "fuse-batch-norm"
+    requires: ClassVar[tuple[str, ...]] = ("canonical",)
+    provides: ClassVar[tuple[str, ...]] = ("fused",)
+    numeric: ClassVar = "rounding"
+
+    def call(self, editor: Editor) -> None:
+        for node in list(editor.graph.nodes):
+            if kind_name(node) != "batch_norm" or not isinstance(node.args[0], fx.Node):
+                continue
+            layer = node.args[0]
+            if kind_name(layer) not in _FOLDABLE:
+                continue
+            why = _declined(node, layer)
+            if why:
+                editor.note(node, self.name, f"BatchNorm is not folded into {layer.name}: {why}")
+            else:
+                self._fuse(editor, node, layer)
+        if editor.modified:
+            editor.drop_unused()
+
+    @staticmethod
+    @torch.no_grad()
+    def _fuse(editor: Editor, norm: fx.Node, layer: fx.Node) -> None:
+        old = norm.args[1:5]
+        statistics = [None if a is None else constant(a) for a in old]
+        weight, bias = constant(layer.args[1]), constant(layer.args[2])
+        folded = fold(
+            weight,  # type: ignore[arg-type]
+            bias,
+            *statistics,  # type: ignore[arg-type]
+            norm.kwargs["eps"],  # type: ignore[arg-type]
+            groups=layer.kwargs.get("groups", 1),  # type: ignore[arg-type]
+            transposed=kind_name(layer).startswith("conv_transpose"),
+        )
+        weight_node, bias_node = layer.args[1], layer.args[2]
+        new_weight = _store(editor, layer, weight_node, str(weight_node.target), folded[0])  # type: ignore[union-attr,arg-type]
+        beside = str(new_weight.target).rpartition(".")[0]
+        bias_path = (
+            str(bias_node.target)
+            if bias_node
+            else f"{beside}.bias"
+            if beside
+            else f"{new_weight.target}_bias"
+        )  # type: ignore[union-attr]
+        new_bias = _store(editor, layer, bias_node, bias_path, folded[1])  # type: ignore[arg-type]
+        editor.retarget(norm, layer.target, (layer.args[0], new_weight, new_bias), layer.kwargs)  # type: ignore[arg-type]
+        norm.meta[ORIGIN] = origin(layer)
+        statistics_nodes = [a for a in old if isinstance(a, fx.Node)]
+        editor.erase(layer)
+        editor.erase_dead(
+            [*statistics_nodes, *(n for n in (weight_node, bias_node) if isinstance(n, fx.Node))]
+        )
+
+
+def _store(editor: Editor, layer: fx.Node, node: fx.Node | None, path: str, value: torch.Tensor) -> fx.Node:
+    """A get_attr for a folded tensor: `node` itself with a new value, or a new one if others read the old value."""
+    parameter = nn.Parameter(value, requires_grad=False)
+    if node is not None and len(node.users) == 1 and not _read_elsewhere(editor, node):
+        editor.set_tensor(path, parameter)
+        return node
+    path = editor.free_path(path)
+    editor.set_tensor(path, parameter)
+    with editor.before(layer):
+        return editor.get_attr(path, like=layer)
+
+
+def _read_elsewhere(editor: Editor, weight: fx.Node) -> bool:
+    return sum(1 for _ in editor.graph.find_nodes(op="get_attr", target=weight.target)) > 1
+
+
+def _declined(norm: fx.Node, layer: fx.Node) -> str | None:
+    """Why the fold is not possible; None if it is."""
+    if len(layer.users) > 1:
+        others = [u.name for u in layer.users if u is not norm]
+        return f"{layer.name} is read by {', '.join(others)} too"
+    if norm.args[1] is None or norm.args[2] is None:
+        return "it has no running statistics"
+    if norm.kwargs["training"]:
+        return "it is in training mode"
+    if any(a is not None and constant(a) is None for a in norm.args[1:5]):
+        return "its statistics are computed, not stored"
+    if constant(layer.args[1]) is None or (layer.args[2] is not None and constant(layer.args[2]) is None):
+        return f"the weight of {layer.name} is computed, not stored"
+    info = tensor_info(layer)
+    if kind_name(layer) == "linear" and info is not None and len(info.shape) != 2:
+        return "a Linear layer with more than one row dimension has its features last, BatchNorm its channels second"
+    return None

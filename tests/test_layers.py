@@ -1,0 +1,157 @@
+"""Imports point one way: what a room may know is decided by the layer that it stands in.
+
+A new room of fxq/ gets a place in ``LAYERS`` below. The rooms of passes/ and backends/ have theirs by being
+there.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the ideas that everything speaks to the door that sees everything. A room may import rooms of its own
+# layer and of those above it in this list. "passes" and "backends" stand for all rooms of those folders.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("recipe", "rules", "target"),
+    ("qparams", "qdq", "thresholds", "observers", "quantizer"),
+    ("graph", "ops", "printer"),
+    ("passbase", "tracer", "verify"),
+    ("calibration", "graph_lint", "manager", "reports"),
+    ("passes",),
+    ("backends",),
+    ("flow",),
+    ("__init__", "demo"),
+)
+# Beside the order: who may not see whom although it comes later.
+FORBIDDEN = {"backends": {"passes"}}
+
+
+def rooms(root: Path) -> dict[str, Path]:
+    """Module name to file for every room of the three folders, without following the links in fxq/."""
+    folders = {"fxq": root / "fxq", "fxq.passes": root / "passes", "fxq.backends": root / "backends"}
+    return {
+        f"{package}.{file.stem}": file for package, folder in folders.items() for file in folder.glob("*.py")
+    }
+
+
+def place(module: str) -> str:
+    """How ``LAYERS`` knows a module: ``fxq.passes.x`` is ``passes``, ``fxq.graph`` is ``graph``."""
+    return module.split(".")[1]
+
+
+def imported(module: str, file: Path, known: Mapping[str, Path]) -> Iterator[str]:
+    """The modules of fxq that a file imports, at its top, inside functions and for type checkers alike."""
+    package = module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            source = ".".join(part for part in (base, node.module) if part)
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "fxq":
+                yield resolve(name, known)
+
+
+def resolve(name: str, known: Mapping[str, Path]) -> str:
+    """``fxq.graph.Editor`` is the room fxq.graph; what no room has comes from a package's __init__."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        candidate = ".".join(parts[:end])
+        if candidate in known:
+            return candidate
+        if f"{candidate}.__init__" in known:
+            return f"{candidate}.__init__"
+    raise AssertionError(f"{name} is nowhere")
+
+
+def violations(root: Path, layers: Sequence[Sequence[str]] = LAYERS) -> list[str]:
+    """What is wrong with the imports below ``root``, one line each."""
+    known = rooms(root)
+    order = {name: index for index, layer in enumerate(layers) for name in layer}
+    found = [
+        f"{file.relative_to(root)} has no place in LAYERS of tests/test_layers.py"
+        for module, file in sorted(known.items())
+        if place(module) not in order
+    ]
+    graph: dict[str, set[str]] = {}
+    for module, file in sorted(known.items()):
+        graph[module] = {target for target in imported(module, file, known) if target != module}
+        here = place(module)
+        for target in sorted(graph[module]):
+            there = place(target)
+            if there in FORBIDDEN.get(here, ()) or order.get(there, -1) > order.get(here, len(layers)):
+                found.append(f"{file.relative_to(root)} imports {target}, which stands in a later layer")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append(f"a cycle: {' -> '.join(error.args[1])}")
+    return found
+
+
+def test_every_import_points_one_way() -> None:
+    assert violations(ROOT) == []
+
+
+def test_no_place_is_empty() -> None:
+    """A layer's name that no room has any more would hide the next room of that name."""
+    present = {place(module) for module in rooms(ROOT)}
+    assert sorted({name for layer in LAYERS for name in layer} - present) == []
+
+
+# Files of a small fxq, and what the check has to say about it.
+CASES = {
+    "clean": (
+        {
+            "fxq/errors.py": "",
+            "fxq/graph.py": "from .errors import X",
+            "passes/a.py": "from ..graph import Y",
+        },
+        [],
+    ),
+    "a room without a place": ({"fxq/novel.py": ""}, ["fxq/novel.py has no place"]),
+    "upwards": (
+        {"fxq/errors.py": "from . import graph", "fxq/graph.py": ""},
+        ["fxq/errors.py imports fxq.graph, which stands in a later layer"],
+    ),
+    "inside a function": (
+        {"fxq/graph.py": "def f():\n    from .passes.a import b", "passes/a.py": ""},
+        ["fxq/graph.py imports fxq.passes.a"],
+    ),
+    "absolute": ({"fxq/graph.py": "import fxq.flow", "fxq/flow.py": ""}, ["fxq/graph.py imports fxq.flow"]),
+    "the door from inside": (
+        {"fxq/graph.py": "from fxq import prepare", "fxq/__init__.py": "prepare = 1"},
+        ["fxq/graph.py imports fxq.__init__"],
+    ),
+    "a backend that knows passes": (
+        {"backends/onnx.py": "from ..passes.a import b", "passes/a.py": ""},
+        ["backends/onnx.py imports fxq.passes.a"],
+    ),
+    "a cycle in one layer": (
+        {"fxq/graph.py": "from .ops import a", "fxq/ops.py": "from .graph import b"},
+        ["a cycle: "],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_check_itself(case: str, tmp_path: Path) -> None:
+    files, expected = CASES[case]
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    found = violations(tmp_path)
+    assert len(found) == len(expected), found
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
