@@ -102,12 +102,26 @@ def _translate(source: Source, program: torch.export.ExportedProgram) -> ONNXPro
             verbose=False,
             optimize=False,  # nodes are labelled before they are optimized
             opset_version=source.opset,
-            dynamic_shapes=tuple(source.dims) if any(source.dims) else None,
+            dynamic_shapes=_names_of_dims(source.dims),
             custom_translation_table=translations(),
         )
     if result is None:
         raise ExportError("torch's ONNX exporter gave no program")
     return result
+
+
+def _names_of_dims(dims: list[dict[int, Any]]) -> tuple[dict[int, Any], ...] | None:
+    """Where the exporter learns what symbols are called: each only once, or it warns."""
+    seen: set[str] = set()
+    first: list[dict[int, Any]] = []
+    for own in dims:
+        named = {}
+        for axis, dim in own.items():
+            if dim.__name__ not in seen:
+                named[axis] = dim
+                seen.add(dim.__name__)
+        first.append(named)
+    return tuple(first) if seen else None
 
 
 @contextmanager

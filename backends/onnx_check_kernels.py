@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from ..rules import Finding, check
-from .onnx_graph import Node, OnnxGraph
+from .onnx_graph import OnnxGraph
+from .onnx_nodes import Node
 
 __all__: list[str] = []
 

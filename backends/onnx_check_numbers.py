@@ -8,7 +8,8 @@ from typing import Final
 import numpy as np
 
 from ..rules import Finding, Severity, check
-from .onnx_graph import WEIGHTED, Node, OnnxGraph, Quant
+from .onnx_graph import WEIGHTED, OnnxGraph
+from .onnx_nodes import Node, Quant
 
 __all__: list[str] = []
 

@@ -7,8 +7,9 @@ from typing import Final
 
 from ..rules import Finding, check
 from .onnx_check_numbers import TYPES
-from .onnx_graph import WEIGHTED, Node, OnnxGraph, Quant, Reader
-from .onnx_residual import ResidualAdd, behind_weighted, residual_adds
+from .onnx_graph import WEIGHTED, OnnxGraph
+from .onnx_nodes import Node, Quant, Reader
+from .onnx_residual import behind_weighted, residual_adds
 
 __all__: list[str] = []
 
@@ -147,15 +148,17 @@ def _difference(first: Quant, second: Quant) -> str:
 
 @check("onnx", "R23", "R25")
 def residual_edges(graph: OnnxGraph) -> Iterator[Finding]:
-    """Residual additions with Q/DQ on both edges, on none, or on the convolution's."""
+    """Residual additions of an INT8 convolution with Q/DQ on both edges, on none, or on its own."""
     for residual in residual_adds(graph):
         add, conv = residual.add, residual.conv
+        if not all(graph.quantized(name) for name in conv.inputs[:2]):
+            continue  # a float convolution fuses with a float addition
         convs, skip = (graph.quantized(add.inputs[i]) for i in (residual.conv_edge, residual.skip_edge))
         edge = f"{add.inputs[residual.conv_edge]!r} from {conv.name}"
         if convs and skip:
             message = f"both inputs are quantized; {edge} should stay float"
             yield add.finding("R23", "warning", message)
-        elif not convs and not skip and _runs_quantized(graph, residual):
+        elif not convs and not skip:
             message = f"no input is quantized; the skip {add.inputs[residual.skip_edge]!r} should be"
             yield add.finding("R23", "warning", message)
         elif convs and not skip and residual.other_conv is None:
@@ -166,10 +169,6 @@ def residual_edges(graph: OnnxGraph) -> Iterator[Finding]:
                 f"{edge} is quantized, at the end of the longer way; the skip is {residual.other_conv.name}'s"
             )
             yield add.finding("R25", "advice", message)
-
-
-def _runs_quantized(graph: OnnxGraph, residual: ResidualAdd) -> bool:
-    return all(graph.quantized(name) for name in residual.conv.inputs[:2])
 
 
 @check("onnx", "R24", "R29")

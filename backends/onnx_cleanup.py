@@ -37,8 +37,20 @@ _MAX_INFLATED: Final = 1 << 16
 def fold_constants(graph: gs.Graph) -> int:
     """Compute nodes whose inputs are all constant, Q/DQ excepted."""
     before = len(graph.nodes)
+    _widen_no_floats(graph)
     graph.fold_constants(should_exclude_node=lambda node: _beyond_numpy(node) or _inflates(node)).cleanup()
     return before - len(graph.nodes)
+
+
+def _widen_no_floats(graph: gs.Graph) -> None:
+    """Spell Constant's float attributes as float32 tensors: graphsurgeon would make doubles of them."""
+    import numpy as np
+    import onnx_graphsurgeon as gs
+
+    for node in graph.nodes:
+        for key in {"value_float", "value_floats"} & set(node.attrs) if node.op == "Constant" else ():
+            array = np.asarray(node.attrs.pop(key), np.float32)
+            node.attrs["value"] = gs.Constant(node.outputs[0].name, array)
 
 
 def _inflates(node: gs.Node) -> bool:
@@ -130,9 +142,11 @@ def transpose_weights(graph: gs.Graph) -> int:
         dequantize.inputs[0] = _stored(graph, weight, order)
         if dequantize.inputs[1].shape:
             dequantize.attrs["axis"] = order.index(dequantize.attrs.get("axis", 1) % len(order))
-        dequantize.outputs[0].shape = node.outputs[0].shape
-        _reroute(node.outputs[0], dequantize.outputs[0])
+        result = node.outputs[0]
+        # The tensor has another shape now, so another name.
+        result.name = _free_name(graph, f"{dequantize.outputs[0].name}_transposed")
         changes += _drop(graph, node)
+        dequantize.outputs[0] = result
     return changes
 
 
@@ -140,11 +154,15 @@ def _stored(graph: gs.Graph, weight: gs.Constant, order: list[int]) -> gs.Consta
     import numpy as np
     import onnx_graphsurgeon as gs
 
+    name = _free_name(graph, f"{weight.name}_transposed")
+    return gs.Constant(name, np.ascontiguousarray(weight.values.transpose(order)))
+
+
+def _free_name(graph: gs.Graph, name: str) -> str:
     taken = graph.tensors()
-    name = f"{weight.name}_transposed"
     while name in taken:
         name += "_"
-    return gs.Constant(name, np.ascontiguousarray(weight.values.transpose(order)))
+    return name
 
 
 def remove_identities(graph: gs.Graph) -> int:
@@ -213,13 +231,13 @@ def remove_dead(graph: gs.Graph) -> int:
 
 
 STEPS: Final[tuple[Step, ...]] = (
+    remove_dead,
     fold_constants,
     remove_identities,
     merge_constants,
     merge_duplicates,
     remove_requantization,
     transpose_weights,
-    remove_dead,
 )
 """The steps in order."""
 

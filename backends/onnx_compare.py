@@ -8,7 +8,7 @@ along the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,23 @@ class _Comparer(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, session: Session) -> None:
         super().__init__(gm)
+        self.extra_traceback = False
         self.session = session
         self.values = _value_names(session)
         self.inputs: dict[str, Tensor] = {}
         self.rows: list[NodeDifference] = []
+        # For live nodes that the file lacks: the tensors that they were computed from.
+        self.behind: dict[fx.Node, dict[str, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "placeholder":
             self._feed_input(result)
         elif n.op in ("call_function", "call_module", "call_method"):
-            for name, tensor in self._tensors(n, result):
-                self.rows.append(self._compare(n, name, tensor))
+            found = list(self._tensors(n, result))
+            self.rows += [self._compare(n, name, tensor) for name, tensor in found]
+            if not found:
+                self.behind[n] = self._given(n.all_input_nodes)
         return result
 
     def _feed_input(self, value: Any) -> None:
@@ -106,10 +111,18 @@ class _Comparer(fx.Interpreter):
             if name is not None and isinstance(tensor, Tensor):
                 yield name, tensor
 
+    def _given(self, nodes: Iterable[fx.Node]) -> dict[str, Tensor]:
+        """PyTorch's tensors for `nodes`; for one that the file lacks, those it was computed from."""
+        given: dict[str, Tensor] = {}
+        for node in nodes:
+            if node in self.env:
+                given |= self.behind.get(node, {}) | dict(self._tensors(node, self.env[node]))
+        return given
+
     def _compare(self, node: fx.Node, name: str, tensor: Tensor) -> NodeDifference:
-        given = dict(self.inputs)
-        for other, value in self.env.items():
-            given.update({found: held for found, held in self._tensors(other, value) if found != name})
+        self.behind = {other: held for other, held in self.behind.items() if other in self.env}
+        given = self.inputs | self._given(self.env)
+        given.pop(name, None)
         return _difference(node, tensor.cpu(), self.session.compute([name], given)[name])
 
 

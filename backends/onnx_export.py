@@ -94,7 +94,7 @@ def _name_and_clean(source: Source, exported: ONNXProgram, outputs: Sequence[str
     model, program = exported.model, exported.exported_program
     assert program is not None
     type_zero_points(model, program)
-    label_nodes(model, program, {*source.examples.names, *outputs, *model.graph.initializers})
+    label_nodes(model, program, source.gm, {*source.examples.names, *outputs, *model.graph.initializers})
     exported.optimize()
     for values, names in ((model.graph.inputs, source.examples.names), (model.graph.outputs, outputs)):
         for value, name in zip(values, names, strict=True):

@@ -44,13 +44,13 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
         raise ExportError(f"there is no folder {path.parent}", hint="make it first")
     with _discarded_on_error() as created:
         if _size(model) > _LIMIT:
-            created.append(_move_weights_out(model, path))
+            created.extend(_move_weights_out(model, path))
         infer_shapes(model)
         temporary = _temporary(path)
         created.append(temporary)
         temporary.write_bytes(model.SerializeToString())
         _check(model, temporary)
-        replaced = _weight_file(path) - {file for file in created if file is not temporary}
+        replaced = _weight_files(path) - _weight_files(temporary, path)
         temporary.replace(path)
     for file in replaced:
         file.unlink(missing_ok=True)
@@ -102,8 +102,12 @@ def _size(model: onnx.ModelProto) -> int:
     return tensors + int(sum(part.ByteSize() + 16 for part in parts))
 
 
-def _move_weights_out(model: onnx.ModelProto, path: Path) -> Path:
-    """Write the weights to a file named by their content, so that it never replaces one that is in use."""
+def _move_weights_out(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """Write the weights to a file named by its content, so that it never replaces one with other weights.
+
+    Returns:
+        The file, unless it was there before.
+    """
     import onnx
 
     temporary = _temporary(path)
@@ -114,32 +118,35 @@ def _move_weights_out(model: onnx.ModelProto, path: Path) -> Path:
         for tensor in model.graph.initializer:
             if len(tensor.raw_data) < _KEPT_INSIDE:
                 continue
-            file.write(b"\0" * (-file.tell() % 4096))  # whole pages can be mapped into memory
-            moved.append((tensor, file.tell(), len(tensor.raw_data)))
-            file.write(tensor.raw_data)
-            digest.update(tensor.raw_data)
-    data = path.with_name(f"{path.name}.{digest.hexdigest()[:12]}.data")
+            padding = b"\0" * (-file.tell() % 4096)  # whole pages can be mapped into memory
+            moved.append((tensor, file.tell() + len(padding), len(tensor.raw_data)))
+            for part in (padding, tensor.raw_data):
+                file.write(part)
+                digest.update(part)
+    data = path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.data")
     for tensor, offset, length in moved:
         onnx.external_data_helper.set_external_data(tensor, data.name, offset=offset, length=length)
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
+    was_there = data.exists()
     temporary.replace(data)
-    return data
+    return [] if was_there else [data]
 
 
-def _weight_file(path: Path) -> set[Path]:
-    """The weight files of fxq's own that an existing model refers to."""
+def _weight_files(model: Path, path: Path | None = None) -> set[Path]:
+    """The weight files of fxq's own that a model, which is to be found at `path`, refers to."""
     import onnx
     from google.protobuf.message import DecodeError
 
-    if not path.exists():
+    path = path or model
+    if not model.exists():
         return set()
     try:
-        old = onnx.load(os.fspath(path), load_external_data=False)
+        held = onnx.load(os.fspath(model), load_external_data=False)
     except DecodeError:
         return set()
     names = {
-        entry.value for t in old.graph.initializer for entry in t.external_data if entry.key == "location"
+        entry.value for t in held.graph.initializer for entry in t.external_data if entry.key == "location"
     }
     return {
         path.with_name(name) for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")

@@ -17,8 +17,9 @@ the FX node.
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from torch import fx
 
@@ -75,25 +76,29 @@ def nodes_of(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     return found
 
 
-def label_nodes(model: ir.Model, program: torch.export.ExportedProgram, reserved: set[str]) -> None:
+def label_nodes(
+    model: ir.Model, program: torch.export.ExportedProgram, gm: fx.GraphModule, reserved: set[str]
+) -> None:
     """Give every ONNX node its FX node's name as metadata, and every tensor a name made from it.
 
     Args:
         model: What the exporter made of `program`, unoptimized: its values have the program's node names.
         program: The exported program, whose nodes carry FX names.
+        gm: The graph that was exported.
         reserved: Tensor names that are taken; the new ones are added.
     """
+    results = _result_names(program, gm)
     carried = {node.name: carried_name(node) for node in program.graph.nodes}
-    last = {name: step for step, name in carried.items() if name is not None}
     for node in model.graph:
-        step = _exported_step(node)
-        name = carried.get(step)
+        name = carried.get(_exported_step(node))
         node.metadata_props.clear()
         if name is None:
             continue
         node.metadata_props[NODE] = name
         for value in node.outputs:
-            _name_value(value, name, step, is_result=last[name] == step, taken=reserved)
+            wish = results.get(str(value.name), f"{name}.{value.name}")
+            value.name = free_name(wish, reserved)
+            reserved.add(value.name)
     _label_from_users(model)
 
 
@@ -103,17 +108,23 @@ def _exported_step(node: ir.Node) -> str:
     return str(scopes[-1]) if scopes else ""
 
 
-def _name_value(value: ir.Value, name: str, step: str, *, is_result: bool, taken: set[str]) -> None:
-    """Call the node's result after the FX node (``split__0`` for the first of several), what lies before it
-    inside.
-    """
-    old = value.name or ""
-    if is_result and (old == step or old.startswith(f"{step}__")):
-        new = name + old.removeprefix(step)
-    else:
-        new = f"{name}.{old}"
-    value.name = free_name(new, taken)
-    taken.add(value.name)
+def _result_names(program: torch.export.ExportedProgram, gm: fx.GraphModule) -> dict[str, str]:
+    """Names for the values of FX nodes, by the exported program's: ``split``, ``split__0`` for one of several."""
+    several = {str(n.args[0]) for n in gm.graph.nodes if _is_item(n) and isinstance(n.args[1], int)}
+    last = {carried_name(n): n for n in program.graph.nodes if carried_name(n) and not _is_item(n)}
+    names = {}
+    for name, node in last.items():
+        names[node.name] = str(name)
+        for item in node.users:
+            # What PyTorch gives as one tensor may be the first of several, as with batch normalization.
+            if _is_item(item) and carried_name(item) == name:
+                wish = f"{name}__{item.args[1]}" if name in several or item.args[1] else str(name)
+                names[item.name] = names[f"{node.name}__{item.args[1]}"] = wish
+    return names
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
 
 
 def _label_from_users(model: ir.Model) -> None:
@@ -136,8 +147,9 @@ def name_nodes(model: onnx.ModelProto, gm: fx.GraphModule) -> None:
         gm: The graph that was exported.
     """
     origins = {node.name: node for node in gm.graph.nodes}
-    _label_from_producers(model, origins)
+    _label_the_rest(model, origins)
     groups = nodes_of(model)
+    _name_split_results(model, groups)
     plain = _plain_names([origins[name] for name in groups])
     taken = set(plain.values())
     for name, group in groups.items():
@@ -148,15 +160,40 @@ def name_nodes(model: onnx.ModelProto, gm: fx.GraphModule) -> None:
             _write_properties(node, _provenance(origins[name]))
 
 
-def _label_from_producers(model: onnx.ModelProto, known: Mapping[str, Any]) -> None:
+def _label_the_rest(model: onnx.ModelProto, known: Mapping[str, fx.Node]) -> None:
+    """Nodes that optimization made without a label take that of their tensors, or of their producers."""
     producer: dict[str, str] = {}
     fallback = next(name for name, node in known.items() if node.op == "output")
     for node in model.graph.node:
         label = properties(node).get(NODE)
         if label not in known:
-            label = next((producer[name] for name in node.input if name in producer), fallback)
+            own = [owner for name in node.output for owner in _owners(name) if owner in known]
+            label = next(iter([*own, *(producer[name] for name in node.input if name in producer)]), fallback)
             _write_properties(node, {NODE: label})
         producer.update(dict.fromkeys(node.output, label))
+
+
+def _owners(value: str) -> tuple[str, ...]:
+    """FX nodes whose value, or part of it, may be called so."""
+    # The last is onnxscript's name for what it splits a sequence into.
+    return value, value.partition(".")[0], value.rpartition("__")[0], value.rpartition("_split_")[0]
+
+
+def _name_split_results(model: onnx.ModelProto, groups: Mapping[str, list[onnx.NodeProto]]) -> None:
+    """Results of Split, which optimization makes of sequences, become ``<node>__0`` and so on."""
+    kept = {value.name for value in model.graph.output}
+    names = {
+        old: f"{name}__{index}"
+        for name, group in groups.items()
+        for index, old in enumerate(group[-1].output)
+        if group[-1].op_type == "Split" and old not in kept
+    }
+    for node in model.graph.node:
+        for names_of in (node.input, node.output):
+            for index, old in enumerate(names_of):
+                names_of[index] = names.get(old, old)
+    for value in model.graph.value_info:
+        value.name = names.get(value.name, value.name)
 
 
 def _plain_names(nodes: list[fx.Node]) -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from .onnx_graph import Node, OnnxGraph
+from .onnx_graph import WEIGHTED, OnnxGraph
+from .onnx_nodes import Node
 
 __all__ = ["ResidualAdd", "behind_weighted", "residual_adds"]
 
+CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 AFFINE: Final = frozenset({"Add", "Sub", "Mul", "Div"})
 
 
@@ -42,7 +45,8 @@ def residual_adds(graph: OnnxGraph) -> Iterator[ResidualAdd]:
     """The additions of two activations with a convolution at the end of at least one edge.
 
     A convolution counts if nothing but a folded BatchNormalization, constants and Q/DQ lie between it and the
-    addition and nobody else reads its result. Additions that broadcast are not fused (R44) and not given.
+    addition and nobody else reads its result. Additions that broadcast are not fused (R44) and not given, nor
+    are those whose inputs have nothing in common that they come from.
 
     Yields:
         The additions, in the graph's order.
@@ -51,11 +55,14 @@ def residual_adds(graph: OnnxGraph) -> Iterator[ResidualAdd]:
         if node.op in {"Add", "Sum"} and len(node.inputs) == 2 and not graph.fixed.intersection(node.inputs):
             if node.inputs[0] == node.inputs[1] or _broadcasts(graph, node):
                 continue
-            ends = [_convolution(graph, name) for name in node.inputs]
-            if ends[0] is not None and ends[1] is not None:
-                yield _both(graph, node, ends[0], ends[1])
-            elif (conv := ends[0] or ends[1]) is not None:
-                yield ResidualAdd(node, conv, 0 if ends[0] is not None else 1)
+            first, second = (_convolution(graph, name) for name in node.inputs)
+            ways = _ways(graph, node) if first is not None or second is not None else None
+            if ways is None:
+                continue
+            if first is not None and second is not None:
+                yield _both(node, first, second, ways)
+            elif (conv := first or second) is not None:
+                yield ResidualAdd(node, conv, 0 if first is not None else 1)
 
 
 def behind_weighted(graph: OnnxGraph, name: str, ops: frozenset[str]) -> Node | None:
@@ -94,7 +101,7 @@ def _convolution(graph: OnnxGraph, name: str) -> Node | None:
     """The convolution whose result arrives here, if nobody else reads anything on the way."""
     integers = False
     while len(graph.readers(name)) == 1 and (node := graph.producers.get(name)) is not None:
-        if node.op == "Conv":
+        if node.op in CONVOLUTIONS:
             return node
         if (quant := graph.quant(node)) is not None:
             integers = not quant.quantizes
@@ -107,43 +114,42 @@ def _convolution(graph: OnnxGraph, name: str) -> Node | None:
     return None
 
 
-def _both(graph: OnnxGraph, add: Node, first: Node, second: Node) -> ResidualAdd:
+def _both(add: Node, first: Node, second: Node, ways: tuple[int, int]) -> ResidualAdd:
     """A convolution at either end: the longer way from the fork is the convolution's (R25)."""
-    lengths = _ways(graph, first, second)
-    edge = 0 if lengths[0] > lengths[1] else 1
+    edge = 0 if ways[0] > ways[1] else 1
     conv, other = (first, second) if edge == 0 else (second, first)
-    return ResidualAdd(add, conv, edge, other, decided=lengths[0] != lengths[1])
+    return ResidualAdd(add, conv, edge, other, decided=ways[0] != ways[1])
 
 
-def _ways(graph: OnnxGraph, first: Node, second: Node) -> tuple[int, int]:
-    """How many convolutions lie between the lowest common ancestor and each end; (0, 0) if there is none."""
-    common = _ancestors(graph, first) & _ancestors(graph, second)
-    if not common:
-        return 0, 0
-    fork = max(common)
-    return _longest(graph, fork, first), _longest(graph, fork, second)
+def _ways(graph: OnnxGraph, add: Node) -> tuple[int, int] | None:
+    """The most weighted operations on a way from the inputs' lowest common ancestor to each of them.
 
+    The ancestor is a node or an input of the graph. Only what lies between is visited: nodes are taken from
+    the latest back to the earliest, and the first one that both sides have reached is it.
+    """
+    most: dict[str, dict[int, int]] = {}
+    heap: list[tuple[int, str]] = []
 
-def _ancestors(graph: OnnxGraph, node: Node) -> set[int]:
-    """Indices of the nodes that a node's result depends on, itself included."""
-    found, todo = set(), [node]
-    while todo:
-        one = todo.pop()
-        if one.index not in found:
-            found.add(one.index)
-            makers = (graph.producers.get(name) for name in one.inputs if name not in graph.fixed)
-            todo.extend(maker for maker in makers if maker is not None)
-    return found
+    def reach(name: str, side: int, length: int) -> None:
+        node = graph.producers.get(name)
+        key = node.outputs[0] if node is not None else name
+        if key not in most:
+            most[key] = {}
+            heapq.heappush(heap, (-node.index if node is not None else 1, key))
+        most[key][side] = max(most[key].get(side, 0), length)
 
-
-def _longest(graph: OnnxGraph, fork: int, end: Node) -> int:
-    """The most convolutions on a way from the node at index `fork` to `end`, `end` included."""
-    most = {fork: 0}
-    between = sorted(index for index in _ancestors(graph, end) if index > fork)
-    for index in between:
-        node = graph.nodes[index]
-        makers = (graph.producers.get(name) for name in node.inputs)
-        before = [most[maker.index] for maker in makers if maker is not None and maker.index in most]
-        if before:
-            most[index] = max(before) + (node.op in {"Conv", "ConvTranspose"})
-    return most.get(end.index, 0)
+    for side, name in enumerate(add.inputs):
+        reach(name, side, 0)
+    while heap:
+        _, key = heapq.heappop(heap)
+        sides = most[key]
+        if len(sides) == 2:
+            return sides[0], sides[1]
+        node = graph.producers.get(key)
+        if node is None:
+            continue
+        for name in node.inputs:
+            if name and name not in graph.fixed:
+                for side, length in sides.items():
+                    reach(name, side, length + (node.op in WEIGHTED))
+    return None

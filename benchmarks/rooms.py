@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import cProfile
 
-SPLIT = ("torch", "fxq")  # packages whose first subpackage is worth a line of its own
 FXQ_FOLDERS = ("passes", "backends")
+GRAPH_CODE = "<eval_with_key>"  # what torch.fx calls the generated forward of a GraphModule
+BUILTIN = "~"  # what the profiler calls the file of a function written in C
 
 
 def room(filename: str) -> str:
-    """A file's owner: `fxq.observers`, `fxq.passes.insert`, `torch.onnx`, `onnx`, `python` and so on."""
+    """A file's owner: `fxq.observers`, `torch.onnx`, `onnx`, `network` (a graph's operations), `python`."""
+    if filename.startswith(GRAPH_CODE):
+        return "network"
     parts = PurePath(filename).with_suffix("").parts
     if "site-packages" in parts:
         inside = parts[len(parts) - parts[::-1].index("site-packages") :]
@@ -39,7 +42,7 @@ def by_room(profile: cProfile.Profile) -> dict[str, float]:
     seconds: Counter[str] = Counter()
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     for (filename, _, _), (_, _, own, _, callers) in stats.items():
-        if filename not in ("~", "") and not filename.startswith("<"):
+        if filename != BUILTIN:
             seconds[room(filename)] += own
         elif not callers:
             seconds["python"] += own

@@ -1,6 +1,7 @@
 """fxq: quantize PyTorch models for TensorRT by rewriting their torch.fx graph.
 
-The names here are the whole of the public face; ``fxq.passes`` and ``fxq.backends`` hold the passes and the backends.
+The names here are the whole of the public face; ``fxq.passes`` and ``fxq.backends`` hold the passes and the
+backends.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from . import passes
 from .errors import FxqError
 from .flow import build, calibrate, convert, export, lint, prepare, quantize, report, trace
-from .graph import Editor
+from .graph import Annotation, Editor
 from .manager import PassManager, Pipeline
 from .passbase import Pass, PassResult
 from .printer import format_graph
@@ -18,6 +19,7 @@ from .target import Target
 __version__ = "0.1.0"
 
 __all__ = [
+    "Annotation",
     "EdgeSpecs",
     "Editor",
     "FxqError",

@@ -239,20 +239,21 @@ class _Feeder:
     def run(self, batches: Iterator[Any]) -> int:
         """Feed all batches; gives how many there were."""
         recent: deque[tuple[int, Any]] = deque(maxlen=_CHECK_EVERY)
-        index = -1
+        fed = 0
         try:
-            for index, batch in enumerate(batches):
-                recent.append((index, batch))
-                self._feed(index, batch)
+            for batch in batches:
+                recent.append((fed, batch))
+                self._feed(fed, batch)
+                fed += 1
                 if len(recent) == _CHECK_EVERY:
                     self._check(recent)
         except KeyboardInterrupt as stop:
             stop.add_note(
-                f"fxq keeps the statistics of {index} batches: go on with reset=False, or call fxq.solve"
+                f"fxq keeps the statistics of {fed} batches: go on with reset=False, or call fxq.solve"
             )
             raise
         self._check(recent)
-        return index + 1
+        return fed
 
     def _feed(self, index: int, batch: Any) -> None:
         try:

@@ -17,12 +17,12 @@ from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE
 from .recipe import Recipe
 from .reports import Report, build_report
-from .rules import Findings
 from .target import Target
 from .tracer import example_arguments, trace_model
 
 if TYPE_CHECKING:
     from .backends.trt_engine import Engine
+    from .rules import Findings
 
 __all__ = ["build", "calibrate", "convert", "export", "lint", "prepare", "quantize", "report", "trace"]
 
@@ -122,18 +122,19 @@ def calibrate(
 
     Args:
         prepared: What :func:`prepare` returned; its observers are changed.
-        batches: A DataLoader or any iterable of inputs: a tensor, a tuple of inputs (further elements, such as labels,
-            are dropped), or a dict by input name. About 500 images in all are usual (R34).
+        batches: A DataLoader or any iterable of inputs: a tensor, a tuple of inputs (further elements, such
+            as labels, are dropped), or a dict by input name. About 500 images in all are usual (R34).
         max_batches: Stop after so many.
         progress: Show a progress bar if stderr is a terminal.
-        performance_only: With ``batches=None``: calibrate on random data, good for measuring speed and nothing else.
-            The report and the exported file say so.
+        performance_only: With ``batches=None``: calibrate on random data, good for measuring speed and
+            nothing else. The report and the exported file say so.
 
     Returns:
         Ranges and scales per tensor.
 
     Raises:
-        CalibrationError: No data, NaN or Inf, or a quantizer that no data reached; the message names the place.
+        CalibrationError: No data, NaN or Inf, or a quantizer that no data reached; the message names the
+            place.
     """
     if (batches is None) != performance_only:
         raise CalibrationError(
@@ -151,7 +152,8 @@ def calibrate(
 
 
 def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.GraphModule:
-    """Make quantization explicit: integer weights, and quantize and dequantize operations with constant scales.
+    """Make quantization explicit: integer weights, and quantize and dequantize operations with constant
+    scales.
 
     Args:
         prepared: A calibrated graph; it stays usable.

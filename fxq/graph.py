@@ -31,10 +31,10 @@ __all__ = [
     "State",
     "Storage",
     "TensorInfo",
-    "annotations",
     "attribute",
     "chain_users",
     "constant",
+    "edge_annotations",
     "error_at",
     "has_state",
     "origin",
@@ -211,7 +211,7 @@ def tensor_info(node: fx.Node) -> TensorInfo | None:
     return found if isinstance(found, TensorInfo) else None
 
 
-def annotations(node: fx.Node) -> Mapping[int | str, Annotation]:
+def edge_annotations(node: fx.Node) -> Mapping[int | str, Annotation]:
     """The node's annotations: by argument index for its edges, under "output" for its own tensor."""
     found: Mapping[int | str, Annotation] = node.meta.get(EDGES, {})
     return found
@@ -409,7 +409,7 @@ class Editor:
 
     def annotate(self, node: fx.Node, edge: int | str, annotation: Annotation) -> None:
         """Say how an edge of `node` (argument index), or its own tensor ("output"), is quantized."""
-        old = annotations(node)
+        old = edge_annotations(node)
         if old.get(edge) != annotation:
             node.meta[EDGES] = {**old, edge: annotation}
             self.counts["annotated"] += 1

@@ -1,8 +1,8 @@
 """Histograms on a power-of-two grid: counting, growing without losing counts, and which elements to count.
 
-Bins are ``2**e`` wide and begin at 0: :data:`BINS` of them, open at the far end, and as many below 0 if two-sided. Bins
-twice as wide are pairs of bins, so a histogram grows, and two of them add up, to exactly the counts that the
-wider bins would have had from the start.
+Bins are ``2**e`` wide and begin at 0: :data:`BINS` of them, open at the far end, and as many below 0 if
+two-sided. Bins twice as wide are pairs of bins, so a histogram grows, and two of them add up, to exactly the
+counts that the wider bins would have had from the start.
 
 A grid is named by its power, the biased float32 exponent E of the largest magnitude that it has room for:
 that is less than ``2**(E - 126)``, and the bins are ``2**(E - 137)`` wide.
@@ -72,7 +72,8 @@ def _positions(values: Tensor, per_unit: Tensor, *, symmetric: bool) -> Tensor:
     scaled = values * per_unit
     if symmetric:
         return scaled.abs_()
-    # Rounded before it is shifted, which would round to nearest; by sign, for tiny values have underflowed to 0.
+    # Rounded before it is shifted, which would round to nearest; by sign, for tiny values have underflowed to
+    # 0.
     return scaled.trunc_().add_(BINS).add_(values < 0, alpha=-1)
 
 
@@ -87,11 +88,21 @@ def count(values: Tensor, per_unit: Tensor, *, symmetric: bool, out: Tensor) -> 
     """
     positions = _positions(values, per_unit, symmetric=symmetric)
     bins = out.shape[0]
-    if positions.numel() <= _EXACT:
-        out.copy_(torch.histc(positions, bins, 0, bins))
-        return
-    out.zero_()
-    for part in torch.split(positions.flatten(), _EXACT):
+    if (
+        positions.device.type == "cpu"
+    ):  # there it is five times as fast; on a GPU it would wait for its own size
+        index = positions.to(torch.int32).clamp_(0, bins - 1).flatten()
+        out.copy_(torch.bincount(index, minlength=bins))
+    else:
+        _count_in_parts(positions, out)
+
+
+def _count_in_parts(positions: Tensor, out: Tensor) -> None:
+    """Count by histc, whose float32 counts are exact for so many values at a time."""
+    bins = out.shape[0]
+    first, *rest = torch.split(positions.flatten(), _EXACT)
+    out.copy_(torch.histc(first, bins, 0, bins))
+    for part in rest:
         out.add_(torch.histc(part, bins, 0, bins).long())
 
 

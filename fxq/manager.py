@@ -1,8 +1,8 @@
 """Pipelines, and the manager that runs them.
 
 A :class:`Pipeline` is data: a name and a tuple of passes. It can be edited by pass name and printed. The
-:class:`PassManager` runs it: checks the order of requirements before anything runs, verifies after every pass that
-changed something, and keeps what each pass did and how long it took.
+:class:`PassManager` runs it: checks the order of requirements before anything runs, verifies after every
+pass that changed something, and keeps what each pass did and how long it took.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from .errors import PassError
+from .errors import PassError, VerifyError
 from .graph import state
-from .passbase import Pass
+from .passbase import Pass, providers
 from .verify import unknown, verify
 
 __all__ = ["PassManager", "PassRun", "Pipeline"]
@@ -29,10 +29,21 @@ class Pipeline:
     Attributes:
         name: What logs call it.
         passes: The passes in order.
+
+    Raises:
+        PassError: Something among the passes is none.
     """
 
     name: str
     passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(self.passes))
+        given: tuple[object, ...] = self.passes
+        for p in given:
+            if not isinstance(p, Pass):
+                hint = f"write {p.__name__}()" if isinstance(p, type) else "derive it from fxq.Pass"
+                raise PassError(f"pipeline {self.name}: {p!r} is no pass", hint=hint)
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
@@ -72,7 +83,8 @@ class Pipeline:
             held: Properties that hold before the first pass.
 
         Raises:
-            PassError: A pass requires a property that nothing before it provides; the message says which pass would.
+            PassError: A pass requires a property that nothing before it provides; the message says which
+            pass would.
         """
         have = set(held)
         for index, p in enumerate(self.passes):
@@ -84,11 +96,7 @@ class Pipeline:
             for need in p.requires:
                 if need not in have:
                     later = [q.name for q in self.passes[index + 1 :] if need in q.provides]
-                    hint = (
-                        f"move {later[0]} before it"
-                        if later
-                        else f"add the pass that provides {need!r} before it"
-                    )
+                    hint = f"move {later[0]} before it" if later else f"add {providers(need)} before it"
                     raise PassError(
                         f"in pipeline {self.name}, {p.name} needs a graph that is {need}", hint=hint
                     )
@@ -116,8 +124,8 @@ class PassManager:
     """Runs pipelines.
 
     Args:
-        verify_each: Verify the graph after every pass that changed it (default). Turn it off to save time on very
-            large graphs.
+        verify_each: Verify the graph after every pass that changed it (default). Turn it off to save time
+            on very large graphs.
 
     Attributes:
         log: What each pass of the latest run did.
@@ -143,10 +151,23 @@ class PassManager:
                 result = p(work, inplace=True)
                 seconds = time.perf_counter() - start
                 if self.verify_each and result.modified:
-                    verify(result.graph_module)
+                    _verify_after(p, result.graph_module)
             except PassError as error:
                 done = ", ".join(run.name for run in self.log) or "nothing"
                 error.add_note(f"in pass {p.name} of pipeline {pipeline.name}, after {done}")
                 raise
             self.log.append(PassRun(p.name, result.modified, result.counts, seconds))
         return work
+
+
+def _verify_after(done: Pass, gm: fx.GraphModule) -> None:
+    try:
+        verify(gm)
+    except VerifyError as error:
+        raise VerifyError(
+            f"pass {done.name} left an illegal graph: {error.message}",
+            node=error.node,
+            module_path=error.module_path,
+            source=error.source,
+            hint=error.hint,
+        ) from error

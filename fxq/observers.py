@@ -52,6 +52,8 @@ class FlexibleState(nn.Module):
 class Observer(FlexibleState):
     """Collects the exact minimum and maximum; the other observers add to it.
 
+    The attributes are as of the last :meth:`flush`, which everything that answers a question begins with.
+
     Args:
         channels: How many ranges, per-channel; None takes it from the first tensor.
         axis: The per-channel axis, or None for one range in all.

@@ -1,8 +1,8 @@
 """The pass: one rewrite of a graph, with a contract.
 
-A pass is a frozen dataclass whose fields are its options. Its author writes :meth:`Pass.call` and, if the pass promises
-something, :meth:`Pass.ensures`; the base class owns the ritual around them (requirements, recompilation, the promise,
-honest counts). A custom pass is written exactly like a built-in one.
+A pass is a frozen dataclass whose fields are its options. Its author writes :meth:`Pass.call` and, if the
+pass promises something, :meth:`Pass.ensures`; the base class owns the ritual around them (requirements,
+recompilation, the promise, honest counts). A custom pass is written exactly like a built-in one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx
 from .errors import FxqError, PassError
 from .graph import Editor, Note, state, update_state
 
-__all__ = ["Pass", "PassResult"]
+__all__ = ["Numeric", "Pass", "PassResult", "providers"]
 
 Numeric = Literal["exact", "rounding", "changes-values"]
 
@@ -94,7 +94,7 @@ class Pass(ABC):
         if missing:
             raise PassError(
                 f"pass {self.name} needs a graph that is {', '.join(missing)}",
-                hint="run the passes that provide it first; fxq.passes.pipelines lists them in order",
+                hint=f"run first: {', '.join(providers(p) for p in missing)}",
             )
         work = gm if inplace else copy.deepcopy(gm)
         editor = Editor(work)
@@ -108,14 +108,24 @@ class Pass(ABC):
                 hint="this is a bug in the pass; its traceback is above",
             ) from error
         if editor.modified:
-            work.graph.lint()
-            work.recompile()
+            self._finish(work)
         self.ensures(work)
-        new = [note for note in editor.notes if note not in state(work).notes]
-        held = state(work).properties | set(self.provides)
-        if new or held != state(work).properties:
-            update_state(work, properties=held, notes=(*state(work).notes, *new))
-        return PassResult(work, editor.modified, dict(editor.counts), tuple(new))
+        now = state(work)
+        known = set(now.notes)
+        new = tuple(note for note in dict.fromkeys(editor.notes) if note not in known)
+        held = now.properties | set(self.provides)
+        if new or held != now.properties:
+            update_state(work, properties=held, notes=(*now.notes, *new))
+        return PassResult(work, editor.modified, dict(editor.counts), new)
+
+    def _finish(self, work: fx.GraphModule) -> None:
+        try:
+            work.graph.lint()
+        except (RuntimeError, ValueError) as error:
+            raise PassError(
+                f"pass {self.name} left a broken graph: {error}", hint="this is a bug in the pass"
+            ) from error
+        work.recompile()
 
     def __str__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -129,3 +139,15 @@ class Pass(ABC):
             for f in dataclasses.fields(self)
             if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
         }
+
+
+def providers(need: str) -> str:
+    """Which passes provide a property, for people (``DropIdentities()``), of all that are loaded."""
+    found: set[str] = set()
+    work = list(Pass.__subclasses__())
+    while work:
+        kind = work.pop()
+        work.extend(kind.__subclasses__())
+        if need in kind.provides:
+            found.add(f"{kind.__name__}()")
+    return " or ".join(sorted(found)) or f"a pass that provides {need!r}"

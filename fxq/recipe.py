@@ -81,8 +81,8 @@ class PerChannel:
     """One scale for each index along an axis.
 
     Attributes:
-        axis: The axis; None (default) takes the output-channel axis of the operation that reads the tensor: 0 for
-            convolutions and linear layers, 1 for transposed convolutions (R16).
+        axis: The axis; None (default) takes the output-channel axis of the operation that reads the tensor:
+            0 for convolutions and linear layers, 1 for transposed convolutions (R16).
     """
 
     axis: int | None = None
@@ -132,8 +132,8 @@ class Method:
 class QSpec:
     """How one tensor is quantized.
 
-    A field left at None is filled from the target's spec for the edge in question, so ``QSpec(method="entropy")``
-    changes the calibration and nothing else.
+    A field left at None is filled from the target's spec for the edge in question, so
+    ``QSpec(method="entropy")`` changes the calibration and nothing else.
 
     Attributes:
         dtype: A name in :data:`DTYPES`.
@@ -221,7 +221,10 @@ class QSpec:
         parts = [self.dtype.name if isinstance(self.dtype, QDType) else "?"]
         if self.symmetric is False:
             parts.append("asymmetric")
-        parts.append("per-tensor" if self.axis is None else f"per-channel({self.axis})")
+        if isinstance(self.granularity, PerChannel):
+            parts.append("per-channel" if self.axis is None else f"per-channel({self.axis})")
+        elif self.granularity is not None:
+            parts.append("per-tensor")
         if isinstance(self.method, Method):
             parts.append(self.method.name)
         return " ".join(parts)
@@ -239,9 +242,9 @@ class EdgeSpecs:
     """A spec for each kind of edge of an operation.
 
     Attributes:
-        input: For activations that come in; None leaves them float, ``"keep"`` (default) leaves them as they were.
-        weight: For weights, likewise.
-        output: For the tensor that goes out, likewise. Everyone who reads it then reads it quantized.
+        input: For activations that come in; None leaves them float, ``"keep"`` (default) leaves them as
+        they were. weight: For weights, likewise. output: For the tensor that goes out, likewise. Everyone
+        who reads it then reads it quantized.
 
     Raises:
         RecipeError: A field is none of these.
@@ -269,12 +272,12 @@ class Rule:
     """Which operations, and how their edges are quantized.
 
     Attributes:
-        match: One of: a glob over module paths (``"layer1.*"``), which holds for what is inside a matching module
-            too (``"*"`` for the whole model); ``"op:add"``, a glob over op kinds; a module type (``nn.Linear``),
-            which holds for what is inside such a module too; a predicate over FX nodes.
-        spec: One of: a :class:`QSpec`, for the inputs and weights that the target quantizes (what it leaves open comes
-            from the target); None, which leaves inputs, weights and output float; :class:`EdgeSpecs`, which speaks of
-            the edges it names whether the target quantizes them or not.
+        match: One of: a glob over module paths (``"layer1.*"``), which holds for what is inside a matching
+            module too (``"*"`` for the whole model); ``"op:add"``, a glob over op kinds; a module type
+            (``nn.Linear``), which holds for what is inside such a module too; a predicate over FX nodes.
+        spec: One of: a :class:`QSpec`, for the inputs and weights that the target quantizes (what it leaves
+            open comes from the target); None, which leaves inputs, weights and output float;
+            :class:`EdgeSpecs`, which speaks of the edges it names whether the target quantizes them or not.
         reason: Why, for reports.
 
     Raises:
@@ -325,8 +328,8 @@ class Recipe:
     """An ordered list of rules; the last one that matches wins, edge by edge.
 
     Example:
-        >>> Recipe([Rule("classifier", None), Rule("op:conv2d", QSpec(method="entropy"))])  # doctest: +ELLIPSIS
-        Recipe(...)
+        >>> Recipe([Rule("classifier", None), Rule("op:conv2d", QSpec(method="entropy"))])  # doctest:
+        +ELLIPSIS Recipe(...)
     """
 
     rules: Sequence[Rule] = field(default=())
@@ -344,8 +347,8 @@ class Recipe:
         """Read a recipe written by :meth:`to_yaml` or by hand.
 
         Args:
-            path: A YAML file: ``rules:`` with a list of ``{match, spec, reason}``; ``spec`` is null, the fields of
-                a QSpec, or ``{input, weight, output}`` of such.
+            path: A YAML file: ``rules:`` with a list of ``{match, spec, reason}``; ``spec`` is null, the
+                fields of a QSpec, or ``{input, weight, output}`` of such.
 
         Raises:
             RecipeError: There is no such file, or it does not have that form.
@@ -411,8 +414,8 @@ def spec_from(data: Any, where: str) -> QSpec | None:
     """A QSpec from plain data, as YAML files hold it.
 
     Args:
-        data: None or a mapping with the keys of :class:`QSpec`; ``granularity: {per-channel: 1}`` names an axis,
-            ``method: {name: percentile, percentile: 99.9}`` names a method's options.
+        data: None or a mapping with the keys of :class:`QSpec`; ``granularity: {per-channel: 1}`` names an
+            axis, ``method: {name: percentile, percentile: 99.9}`` names a method's options.
         where: What is being read, for messages.
 
     Raises:

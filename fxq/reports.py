@@ -2,71 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any, Final
 
-import torch
 from torch import fx
 
-from .graph import Note, annotations, attribute, origin, state
-from .ops import kind_name
-from .qdq import DEQUANTIZE, QUANTIZE
-from .quantizer import Quantizer
-from .verify import is_quantizer
+from .graph import Note, state
+from .placement import EdgeRow, OpRow, Totals, count, operations
 
-__all__ = ["EdgeRow", "OpRow", "Report", "build_report"]
+__all__ = ["EdgeRow", "OpRow", "Report", "Totals", "build_report"]
 
-_SMALLEST_WIDTH = 100
-
-
-@dataclass(frozen=True)
-class EdgeRow:
-    """One edge that placement decided on.
-
-    Attributes:
-        edge: Argument index, or ``output``.
-        tensor: The tensor that the edge reads.
-        quantized: Whether it reads it through a quantizer.
-        spec: The spec as text; "float" without one.
-        scale: The scale, or the largest of several; None while unknown.
-        channels: How many scales there are.
-        rule: Id of the rule that decided.
-        reason: Its sentence.
-    """
-
-    edge: int | str
-    tensor: str
-    quantized: bool
-    spec: str
-    scale: float | None
-    channels: int
-    rule: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class OpRow:
-    """One operation that placement decided on.
-
-    Attributes:
-        node: Its node.
-        kind: Its op kind.
-        module_path: The user's module.
-        source: The user's ``file:line``.
-        weighted: Whether it is a convolution or matrix product.
-        precision: ``int8`` (or another dtype) if all edges that the target wants quantized are, else ``float``; for
-            an addition, the skip edge's.
-        edges: Its edges.
-    """
-
-    node: str
-    kind: str
-    module_path: str
-    source: str | None
-    weighted: bool
-    precision: str
-    edges: tuple[EdgeRow, ...]
+_WIDTH: Final = 120
+_NARROWEST: Final = 80
+_HEADINGS: Final = {
+    "opaque": "kept whole",
+    "declined": "left as it is",
+    "advice": "advice",
+}
 
 
 @dataclass(frozen=True)
@@ -75,56 +32,65 @@ class Report:
 
     Attributes:
         rows: Operations in graph order.
+        totals: The rows in numbers.
         notes: What users should hear: declined rewrites, advice, parts kept whole.
-        stage: ``prepared``, ``calibrated`` or ``quantized``.
+        stage: ``traced``, ``prepared``, ``calibrated`` or ``quantized``.
+        target: Name of the target.
         warnings: What makes the numbers unfit for use, such as calibration on random data.
     """
 
     rows: tuple[OpRow, ...]
+    totals: Totals
     notes: tuple[Note, ...]
     stage: str
+    target: str
     warnings: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> tuple[OpRow, ...]:
-        """The convolutions and matrix products."""
+        """The convolutions, matrix products, and modules kept whole that hide some."""
         return tuple(row for row in self.rows if row.weighted)
 
     @property
     def skips(self) -> tuple[OpRow, ...]:
-        """The residual additions whose skip edge is quantized."""
-        return tuple(row for row in self.rows if row.kind == "add" and row.precision != "float")
+        """The residual additions, quantized or not."""
+        return tuple(row for row in self.rows if not row.weighted and row.kind == "add")
 
     def summary(self) -> str:
         """One line."""
-        low = sum(row.precision != "float" for row in self.weighted)
-        return (
-            f"{self.stage}: {low} of {len(self.weighted)} weighted operations quantized, "
-            f"{len(self.skips)} residual skips quantized, {len(self.notes)} notes"
+        t = self.totals
+        skips = f" and {t.skips_quantized} of {t.residuals} residual skips" if t.residuals else ""
+        weighted = f"{t.weighted_quantized} of {t.weighted} weighted operations"
+        return f"{self.stage} for {self.target}: {weighted}{skips} quantized"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def text(self, width: int | None = None) -> str:
+        """The report for people.
+
+        Args:
+            width: Columns; None (default) takes the terminal's, or 120 where there is none.
+        """
+        from rich.console import Console
+
+        columns = width or max(_NARROWEST, shutil.get_terminal_size((_WIDTH, 0)).columns)
+        out = StringIO()
+        console = Console(
+            file=out, width=columns, color_system=None, highlight=False, markup=False, emoji=False
         )
+        console.print(self.summary(), soft_wrap=True)
+        for warning in self.warnings:
+            console.print(f"WARNING: {warning}", soft_wrap=True)
+        if self.rows:
+            console.print(_table(self.rows))
+        for line in (*_totals_lines(self.totals), *_note_lines(self.notes, columns)):
+            console.print(line, soft_wrap=True)
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=self.summary(), title_justify="left", pad_edge=False)
-        for column in ("node", "operation", "precision", "quantized edges", "rules"):
-            table.add_column(column, overflow="fold")
-        for row in self.rows:
-            edges = [f"{e.tensor} {_scale_text(e)}" for e in row.edges if e.quantized]
-            rules = " ".join(dict.fromkeys(e.rule for e in row.edges))
-            table.add_row(row.node, row.kind, row.precision, "\n".join(edges) or "-", rules)
-        out = Console(file=StringIO(), width=max(_SMALLEST_WIDTH, Console().width), no_color=True)
-        for warning in self.warnings:
-            out.print(f"WARNING: {warning}", markup=False)
-        out.print(table)
-        for note in self.notes:
-            place = f" ({note.module_path})" if note.module_path else ""
-            out.print(
-                f"{note.kind}: {note.node}{place}: {note.text} [{note.rule}]", markup=False, soft_wrap=True
-            )
-        text = out.file.getvalue()  # type: ignore[attr-defined]
-        return str(text).rstrip()
+        return self.text()
 
 
 def build_report(gm: fx.GraphModule) -> Report:
@@ -134,7 +100,7 @@ def build_report(gm: fx.GraphModule) -> Report:
         gm: A traced, prepared or converted graph.
     """
     held = state(gm)
-    rows = tuple(_rows(gm))
+    rows = tuple(operations(gm))
     stage = "traced"
     if "quantized" in held.properties:
         stage = "quantized"
@@ -143,56 +109,82 @@ def build_report(gm: fx.GraphModule) -> Report:
     warnings = []
     if held.provenance.get("calibration", {}).get("performance_only"):
         warnings.append("calibrated on random data: good for measuring speed, useless for accuracy")
-    return Report(rows, held.notes, stage, tuple(warnings))
+    return Report(rows, count(gm, rows), held.notes, stage, held.target.name, tuple(warnings))
 
 
-def _rows(gm: fx.GraphModule) -> Iterator[OpRow]:
-    placed = state(gm).target.ops
-    for node in gm.graph.nodes:
-        kind = kind_name(node)
-        edges = tuple(_edges(gm, node))
-        if not edges and kind not in placed:
-            continue
-        where = origin(node)
-        wanted = [e for e in edges if e.edge != "output"]
-        lows = {e.spec.split()[0] for e in wanted if e.quantized}
-        whole = bool(wanted) and all(e.quantized for e in wanted)
-        yield OpRow(
-            node.name, kind, where.module_path, where.source, kind in placed,
-            "/".join(sorted(lows)) if whole else "float", edges,
-        )  # fmt: skip
+def _table(rows: Iterable[OpRow]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    columns = ("node", "operation", "precision", "input", "weight", "output", "rules")
+    cells = [_cells(row) for row in rows]
+    used = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in cells)]
+    for i in used:
+        table.add_column(columns[i], overflow="fold", no_wrap=columns[i] not in ("node", "input", "output"))
+    for row in cells:
+        table.add_row(*(row[i] for i in used))
+    return table
 
 
-def _edges(gm: fx.GraphModule, node: fx.Node) -> Iterator[EdgeRow]:
-    for edge, annotation in annotations(node).items():
-        read = node.args[edge] if isinstance(edge, int) else next(iter(node.users), None)
-        if not isinstance(read, fx.Node):
-            continue
-        tensor, scale = _behind(gm, read)
-        spec = str(annotation.spec) if annotation.spec is not None else "float"
-        numbers = scale.numel() if scale is not None else 0
-        largest = float(scale.max()) if scale is not None and numbers else None
-        yield EdgeRow(
-            edge, tensor, scale is not None, spec, largest, numbers, annotation.rule, annotation.reason
-        )  # fmt: skip
+def _cells(row: OpRow) -> tuple[str, ...]:
+    texts = [
+        "\n".join(_edge_text(e) for e in row.edges if e.quantized and e.role in roles)
+        for roles in (("input", "skip"), ("weight",), ("output",))
+    ]
+    return row.node, row.kind, row.precision, *texts, " ".join(dict.fromkeys(e.rule for e in row.edges))
 
 
-def _behind(gm: fx.GraphModule, read: fx.Node) -> tuple[str, torch.Tensor | None]:
-    """The name of the tensor behind a quantizer, and its scale; (name, None) for a float tensor."""
-    if is_quantizer(read):
-        module = attribute(gm, str(read.target))
-        return (module.tensor, module.scale) if isinstance(module, Quantizer) else (read.name, None)
-    if read.target is DEQUANTIZE:
-        source, scale = read.args[0], attribute(gm, str(read.args[1].target))  # type: ignore[union-attr]
-        if isinstance(source, fx.Node) and source.target is QUANTIZE:
-            source = source.args[0]
-        return str(source), scale
-    return read.name, None
+def _edge_text(edge: EdgeRow) -> str:
+    if edge.role == "weight":
+        scales = f"{edge.channels} scale{'s' if edge.channels > 1 else ''}"
+        return scales if edge.scale is None else f"{scales} ≤ {edge.scale:.3g}"
+    name = f"skip {edge.tensor}" if edge.role == "skip" else edge.tensor
+    scale = "" if edge.scale is None else f" {edge.scale:.4g}"
+    return f"{name}{scale}{' (shared)' if edge.role == 'skip' and edge.readers > 1 else ''}"
 
 
-def _scale_text(edge: EdgeRow) -> str:
-    if edge.scale is None:
-        return "(not calibrated)"
-    return (
-        f"scale {edge.scale:.3g}" if edge.channels == 1 else f"{edge.channels} scales up to {edge.scale:.3g}"
+def _totals_lines(totals: Totals) -> Iterator[str]:
+    t = totals
+    yield f"weighted operations  {t.weighted_quantized} of {t.weighted} quantized"
+    if t.residuals:
+        others = t.skips_quantized - t.identity_skips_quantized
+        kinds = (
+            f" ({t.identity_skips_quantized} identity, {others} from a convolution)"
+            if t.skips_quantized
+            else ""
+        )
+        yield f"residual additions   {t.skips_quantized} of {t.residuals} with a quantized skip{kinds}"
+    yield (
+        f"quantizers           {t.activation_quantizers + t.weight_quantizers}: "
+        f"{t.activation_quantizers} of activations, {t.weight_quantizers} of weights"
     )
+    yield f"parameters           {_size(t.float_bytes)} in float, {_size(t.bytes)} converted"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def _note_lines(notes: Iterable[Note], width: int) -> Iterator[str]:
+    """The notes by kind, and within a kind by rule and by what comes before the colon of their text."""
+    grouped: dict[str, dict[tuple[str, str], list[tuple[Note, str]]]] = {kind: {} for kind in _HEADINGS}
+    for note in notes:
+        head, _, rest = note.text.partition(": ")
+        key = (note.rule, head if rest else "")
+        grouped.setdefault(note.kind, {}).setdefault(key, []).append((note, rest or head))
+    for kind, groups in grouped.items():
+        if groups:
+            yield ""
+            yield f"{_HEADINGS.get(kind, kind)} ({sum(map(len, groups.values()))})"
+        for (rule, head), found in groups.items():
+            if head:
+                yield from _wrapped(f"  {rule}  ", head, width)
+            for note, text in found:
+                place = f" ({note.module_path})" if note.module_path not in ("", note.node) else ""
+                yield from _wrapped("    - " if head else f"  {rule}  ", f"{note.node}{place}: {text}", width)
+
+
+def _wrapped(start: str, text: str, width: int) -> list[str]:
+    indent = " " * len(start)
+    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False)

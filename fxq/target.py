@@ -1,7 +1,7 @@
 """What a backend can run, as data.
 
-A target is read from a YAML file, so that another version, another device or another backend is another file and no
-code. ``backends/tensorrt.yaml`` is the one to read first.
+A target is read from a YAML file, so that another version, another device or another backend is another
+file and no code. ``backends/tensorrt.yaml`` is the one to read first.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Target:
     activation: QSpec
     weight: QSpec
     ops: Mapping[str, OpPlacement]
-    residual: Residual = Residual()
+    residual: Residual = field(default_factory=Residual)
     ties: frozenset[str] = frozenset()
     heuristics: tuple[Heuristic, ...] = ()
 
@@ -148,7 +148,9 @@ class Target:
         folder = resources.files("fxq.backends")
         known = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
         if str(name) not in known:
-            raise TargetError(f"unknown target {str(name)!r}", hint=f"use one of {', '.join(known)} or a .yaml file")
+            raise TargetError(
+                f"unknown target {str(name)!r}", hint=f"use one of {', '.join(known)} or a .yaml file"
+            )
         return cls.from_data(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), str(name))
 
     @classmethod
@@ -178,7 +180,8 @@ class Target:
             )
         except (KeyError, TypeError, AttributeError, RecipeError) as error:
             raise TargetError(
-                f"{where}: not a target ({type(error).__name__}: {error})", hint="compare it with backends/tensorrt.yaml"
+                f"{where}: not a target ({type(error).__name__}: {error})",
+                hint="compare it with backends/tensorrt.yaml",
             ) from error
 
 
@@ -198,13 +201,17 @@ def _only(data: Any, known: set[str], where: str) -> None:
     """A key that nobody reads is a typing error, and would change nothing in silence."""
     extra = sorted(map(str, set(data) - known))
     if extra:
-        raise TargetError(f"{where}: nothing is called {', '.join(extra)}", hint=f"known: {', '.join(sorted(known))}")
+        raise TargetError(
+            f"{where}: nothing is called {', '.join(extra)}", hint=f"known: {', '.join(sorted(known))}"
+        )
 
 
 def _placement(row: Mapping[str, Any], where: str) -> OpPlacement:
     given = {k: v for k, v in row.items() if k != "kinds"}
     _only(given, {f.name for f in fields(OpPlacement)}, where)
-    return OpPlacement(**{**given, "inputs": tuple(given.get("inputs", ())), "rule": row["rule"], "reason": row["reason"]})
+    return OpPlacement(
+        **{**given, "inputs": tuple(given.get("inputs", ())), "rule": row["rule"], "reason": row["reason"]}
+    )
 
 
 def _residual(data: Mapping[str, Any], where: str) -> Residual:

@@ -232,7 +232,8 @@ def _expected_error(bins: Bins, shares: Tensor, spec: QSpec) -> Tensor:
     edges = torch.arange(-bins.zero, bins.counts.shape[1] - bins.zero + 1) * bins.width[:, None]
     steps = edges[:, None, :] / scale[..., None]
     integral = _error_integral(steps, zero_point[..., None], spec.qdtype)
-    return (integral.diff(dim=-1) @ bins.counts[..., None])[..., 0] * scale.double() ** 3
+    density = bins.counts / bins.width[:, None]
+    return (integral.diff(dim=-1) @ density[..., None])[..., 0] * scale.double() ** 3
 
 
 def _error_integral(steps: Tensor, zero_point: Tensor, dtype: QDType) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
@@ -91,6 +90,28 @@ for _operator in _INPLACE_OPERATORS:
     setattr(_Proxy, f"__{_operator.__name__}__", _inplace_operator(_operator))
 
 
+class _NestedInputs(fx.graph.CodeGen):
+    """Code for a forward whose inputs nest tensors: it takes them apart by plain indexing (``a = pair[0]``).
+
+    Args:
+        names: Parameters of forward, in order.
+        parts: For each placeholder, the expression over the parameters that it stands for.
+    """
+
+    def __init__(self, names: Sequence[str], parts: Sequence[str]) -> None:
+        super().__init__()
+        self.names, self.parts = tuple(names), tuple(parts)
+
+    def process_inputs(self, *args: Any) -> Any:
+        return [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, torch.Tensor)]
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        definition = super().gen_fn_def(list(self.names), maybe_return_annotation, **options)
+        variables = [v.split(":")[0].split("=")[0].strip() for v in free_vars]
+        taken = (f"\n    {v} = {part}" for v, part in zip(variables, self.parts, strict=True) if v != part)
+        return definition + "".join(taken)
+
+
 class _Tracer(fx.Tracer):
     """fx's tracer with recorded origins and user-minded leaves."""
 
@@ -145,8 +166,10 @@ class _Tracer(fx.Tracer):
         nested = any(not isinstance(value, torch.Tensor) for value in self.inputs.values())
         values: dict[str, Any] = dict(self.fixed)
         signature = inspect.signature(self.root.forward)
+        parts: list[str] = []
         for name, value in self.inputs.items():
             leaves, spec = pytree.tree_flatten_with_path(value)
+            parts += [name + pytree.keystr(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
             if len(leaves) == 1 and isinstance(value, torch.Tensor):
                 default = signature.parameters[name].default
                 args = () if nested or default is inspect.Parameter.empty else (default,)
@@ -155,8 +178,7 @@ class _Tracer(fx.Tracer):
                 made = [self._nested_input(name, path, leaf) for path, leaf in leaves]
                 values[name] = pytree.tree_unflatten(made, spec)
         if nested:
-            _, in_spec = pytree.tree_flatten(list(self.inputs.values()))
-            self.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(self.inputs), in_spec, None)))
+            self.graph.set_codegen(_NestedInputs(list(self.inputs), parts))
         by_name = {n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         positional = [values[n] for n in signature.parameters if n in values and n not in by_name]
         keywords = {n: values[n] for n in by_name if n in values}

@@ -1,77 +1,91 @@
 """What must hold of a graph: fx's own lint, and a table of properties.
 
-A property is a name that passes require and provide (``functional``, ``canonical`` …) with the check that proves it.
-The manager verifies after every pass that changed something.
+A property is a name that passes require and provide (``functional``, ``canonical`` …) with the check that
+proves it. The manager verifies after every pass that changed something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import fx
 
 from .errors import VerifyError
-from .graph import annotations, attribute, error_at, origin, state
+from .graph import attribute, edge_annotations, error_at, state
 from .ops import IDENTITY_MODULES, bind, inplace_target, kind, spelling
 from .qdq import DEQUANTIZE, QUANTIZE
 from .quantizer import Quantizer
 
-__all__ = ["PROPERTIES", "is_quantizer", "verify"]
+__all__ = ["PROPERTIES", "is_dequantized", "is_quantizer", "quantizer_of", "unknown", "verify"]
 
-Check = Callable[[fx.GraphModule], Iterator[tuple[fx.Node, str]]]
+Problem = tuple[fx.Node, str]
+Check = Callable[[fx.GraphModule], Iterator[Problem]]
 
 
-def _traced(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+def quantizer_of(node: fx.Node) -> Quantizer | None:
+    """The quantizer that `node` calls; None if it is anything else."""
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return None
+    found = attribute(owner, str(node.target))
+    return found if isinstance(found, Quantizer) else None
+
+
+def is_quantizer(node: fx.Node) -> bool:
+    """Whether `node` calls a quantizer."""
+    return quantizer_of(node) is not None
+
+
+def is_dequantized(node: fx.Node) -> bool:
+    """Whether `node` gives the real values of quantized ones, in whatever type the model has."""
+    source = node.args[0] if node.target is torch.Tensor.to else node
+    return isinstance(source, fx.Node) and source.target is DEQUANTIZE
+
+
+def _functional(gm: fx.GraphModule) -> Iterator[Problem]:
     for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            try:
-                attribute(gm, str(node.target))
-            except AttributeError:
-                yield node, f"reads {node.target}, which the module does not have"
-
-
-def _functional(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
-    for node in gm.graph.nodes:
-        if inplace_target(node) is not None or node.kwargs.get("inplace") is True:
+        inplace = inplace_target(node) is not None or node.kwargs.get("inplace") is True
+        if inplace or node.target is operator.setitem:
             yield node, "changes a tensor in place"
+        if node.kwargs.get("out") is not None:
+            yield node, "writes its result into another tensor (out=)"
 
 
-def _canonical(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+def _canonical(gm: fx.GraphModule) -> Iterator[Problem]:
     for node in gm.graph.nodes:
         found = spelling(node)
-        if (
-            found is not None
-            and kind(node) is not found.kind
-            and bind(found, node.args, node.kwargs) is not None
-        ):
+        foreign = found is not None and kind(node) is not found.kind
+        if foreign and found is not None and bind(found, node.args, node.kwargs) is not None:
             yield node, f"is not written as {found.kind.name}'s canonical call"
         if node.op == "call_module" and type(attribute(gm, str(node.target))) in IDENTITY_MODULES:
             yield node, "is an identity"
 
 
-def _annotated(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+def _annotated(gm: fx.GraphModule) -> Iterator[Problem]:
     for node in gm.graph.nodes:
-        for edge, annotation in annotations(node).items():
-            if edge != "output" and (not isinstance(edge, int) or edge >= len(node.args)):
+        for edge, annotation in edge_annotations(node).items():
+            if edge != "output" and not (isinstance(edge, int) and 0 <= edge < len(node.args)):
                 yield node, f"annotates edge {edge}, which it does not have"
             if not annotation.rule:
                 yield node, f"annotates edge {edge} without a rule"
+            if annotation.spec is not None and not annotation.spec.complete:
+                yield node, f"annotates edge {edge} with a spec that leaves something open"
 
 
-def is_quantizer(node: fx.Node) -> bool:
-    owner = node.graph.owning_module
-    return (
-        node.op == "call_module"
-        and owner is not None
-        and isinstance(attribute(owner, str(node.target)), Quantizer)
-    )
+def _read_float(node: fx.Node, quantized: Callable[[fx.Node], bool]) -> Iterator[Problem]:
+    for edge, annotation in edge_annotations(node).items():
+        read = node.args[edge] if isinstance(edge, int) else None
+        if annotation.spec is not None and isinstance(read, fx.Node) and not quantized(read):
+            yield node, f"reads {read.name} in float, which its annotation quantizes"
 
 
-def _observed(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+def _observed(gm: fx.GraphModule) -> Iterator[Problem]:
     seen: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        yield from _read_float(node, is_quantizer)
         if not is_quantizer(node):
             continue
         tensor = node.args[0]
@@ -82,8 +96,9 @@ def _observed(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
         seen.add(tensor)
 
 
-def _quantized(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+def _quantized(gm: fx.GraphModule) -> Iterator[Problem]:
     for node in gm.graph.nodes:
+        yield from _read_float(node, is_dequantized)
         if is_quantizer(node):
             yield node, "is an observer left over"
         if node.target is QUANTIZE and any(user.target is not DEQUANTIZE for user in node.users):
@@ -95,7 +110,7 @@ def _quantized(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
 
 
 PROPERTIES: Final[Mapping[str, Check | None]] = {
-    "traced": _traced,
+    "traced": None,
     "functional": _functional,
     "canonical": _canonical,
     "fused": None,
@@ -103,7 +118,8 @@ PROPERTIES: Final[Mapping[str, Check | None]] = {
     "observed": _observed,
     "quantized": _quantized,
 }
-"""Property to the check that proves it; ``fused`` holds once fusion ran, whatever it declined."""
+"""Property to the check that proves it. ``traced`` needs no more than fx's lint; ``fused`` holds once
+fusion ran, whatever it declined."""
 
 
 def verify(gm: fx.GraphModule) -> None:
@@ -114,19 +130,19 @@ def verify(gm: fx.GraphModule) -> None:
     """
     try:
         gm.graph.lint()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise VerifyError(
-            f"the graph is broken: {error}", hint="the last pass changed it outside the Editor"
+            f"the graph is broken: {error}",
+            hint="something changed it outside the Editor, or in the wrong order",
         ) from error
     held = state(gm).properties
-    for name in PROPERTIES:
-        check = PROPERTIES[name]
+    for name, check in PROPERTIES.items():
         if name not in held or check is None or (name == "observed" and "quantized" in held):
             continue
         for node, problem in check(gm):
             raise error_at(VerifyError, f"the graph is not {name}: {node.name} {problem}", node)
 
 
-def unknown(names: Any) -> list[str]:
+def unknown(names: Iterable[str]) -> list[str]:
     """Those of `names` that are no property."""
     return [name for name in names if name not in PROPERTIES]

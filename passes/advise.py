@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Final
 
 from torch import fx
 
 from ..errors import TargetError
-from ..graph import Annotation, Editor, annotations, constant, state, tensor_info
+from ..graph import Annotation, Editor, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
-from ..target import Heuristic
+from ..target import Heuristic, Target
 
 __all__ = ["CHECKS", "Advise"]
 
@@ -27,78 +28,122 @@ def _small_channels(node: fx.Node, few: int, multiple: int) -> str | None:
     fine = eights and len(set(kernel)) == 1 and (_first(node) or out >= few or into >= few)
     if min(out, into) >= few or fine:
         return None
-    return f"{into} input and {out} output channels with a {'x'.join(map(str, kernel))} kernel"
+    return f"{into} input and {out} output channels with a {_times(kernel)} kernel"
 
 
 def _first(node: fx.Node) -> bool:
     return isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
 
 
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
 def _grouped_channels(node: fx.Node, multiple: int, kernel: int) -> str | None:
     weight = constant(node.args[1])
     if weight is None or node.kwargs["groups"] == 1:
         return None
-    if weight.shape[0] % multiple == 0 and min(weight.shape[2:]) >= kernel:
+    sizes = tuple(weight.shape[2:])
+    if weight.shape[0] % multiple == 0 and min(sizes) >= kernel:
         return None
-    return f"{weight.shape[0]} output channels in {node.kwargs['groups']} groups with a {'x'.join(map(str, weight.shape[2:]))} kernel"
+    return (
+        f"{weight.shape[0]} output channels in {node.kwargs['groups']} groups with a {_times(sizes)} kernel"
+    )
+
+
+def _fp8_convolution(node: fx.Node, few: int, volume: int) -> str | None:
+    weight, spec = constant(node.args[1]), edge_annotations(node)[0].spec
+    if weight is None or spec is None or not spec.qdtype.floating:
+        return None
+    groups = int(node.kwargs["groups"])  # type: ignore[arg-type]
+    out, into, sizes = int(weight.shape[0]), int(weight.shape[1]) * groups, tuple(weight.shape[2:])
+    if groups == 1 and min(out, into) > few and prod(sizes) <= volume:
+        return None
+    return f"{into} input and {out} output channels in {groups} groups with a {_times(sizes)} kernel"
 
 
 def _thin_matrix(node: fx.Node, few: int) -> str | None:
     left, right = (tensor_info(a) for a in node.args[:2])  # type: ignore[arg-type]
     if left is None or right is None or len(left.shape) < 2 or len(right.shape) < 2:
         return None
+    linear = kind_name(node) == "linear"
     rows, inner = left.shape[-2], left.shape[-1]
-    columns = right.shape[-2] if kind_name(node) == "linear" else right.shape[-1]
-    if len(left.shape) == 2 and kind_name(node) == "linear":
-        rows = few  # the rows are the batch, which example inputs do not fix
-    if rows == 1 or columns == 1 or inner < few or columns < few:
-        return f"a {rows} by {inner} times {inner} by {columns} product"
+    columns = right.shape[-2] if linear else right.shape[-1]
+    # Without more dimensions, a linear layer's rows are the batch, which the example inputs do not fix.
+    batch = linear and len(left.shape) == 2
+    if (rows == 1 and not batch) or columns == 1 or inner < few or columns < few:
+        return f"{'N' if batch else rows}x{inner} times {inner}x{columns}"
     return None
 
 
-def _always(node: fx.Node) -> str | None:
+def _always(_: fx.Node) -> str | None:
     return "whatever its shape"
 
 
 CHECKS: Final[Mapping[str, Callable[..., str | None]]] = {
     "small-channels": _small_channels,
     "grouped-channels": _grouped_channels,
+    "fp8-convolution": _fp8_convolution,
     "thin-matrix": _thin_matrix,
     "always": _always,
 }
-"""Checks that a target's heuristics may name; each returns what it saw, or None."""
+"""Checks that a target's heuristics may name. Each takes a quantized operation and the heuristic's
+parameters, and returns what it saw, or None."""
 
 
 @dataclass(frozen=True)
 class Advise(Pass):
     """Apply the target's kernel heuristics (R35 to R37, R43) to quantized operations.
 
-    ``advise`` leaves the operation quantized and notes the rule; ``exclude`` makes it float. What a recipe asked for is
-    never excluded.
+    ``advise`` leaves the operation quantized and notes the rule; ``exclude`` makes it float. What a recipe
+    asked for is never excluded, but noted.
+
+    Raises:
+        TargetError: A heuristic names a check that does not exist, or parameters that the check does not
+        take.
     """
 
     name: ClassVar[str] = "advise"
     requires: ClassVar[tuple[str, ...]] = ("annotated",)
 
     def call(self, editor: Editor) -> None:
-        for heuristic in state(editor.gm).target.heuristics:
-            if heuristic.check not in CHECKS:
-                raise TargetError(f"heuristic {heuristic.rule} names check {heuristic.check!r}, which does not exist",
-                                  hint=f"use one of {', '.join(CHECKS)}")  # fmt: skip
+        target = state(editor.gm).target
+        for heuristic in target.heuristics:
+            _check(heuristic, target)
             for node in editor.graph.nodes:
-                if kind_name(node) in heuristic.kinds and any(a.spec for a in annotations(node).values()):
+                low = any(a.spec for edge, a in edge_annotations(node).items() if edge != "output")
+                if kind_name(node) in heuristic.kinds and low:
                     self._apply(editor, node, heuristic)
 
     @staticmethod
     def _apply(editor: Editor, node: fx.Node, heuristic: Heuristic) -> None:
-        saw = CHECKS[heuristic.check](node, **dict[str, Any](heuristic.parameters))
+        saw = CHECKS[heuristic.check](node, **heuristic.parameters)
         if saw is None:
             return
-        if heuristic.action == "exclude":
-            for edge, annotation in annotations(node).items():
-                if annotation.rule != "recipe":
-                    editor.annotate(
-                        node, edge, Annotation(None, heuristic.rule, f"{heuristic.reason}: {saw}")
-                    )
-        else:
-            editor.note(node, heuristic.rule, f"{heuristic.reason}: {saw}", kind="advice")
+        text = f"{heuristic.reason}: {saw}"
+        asked = any(a.rule == "recipe" for a in edge_annotations(node).values())
+        if heuristic.action == "advise" or asked:
+            editor.note(node, heuristic.rule, text, kind="advice")
+            return
+        for edge in edge_annotations(node):
+            editor.annotate(node, edge, Annotation(None, heuristic.rule, text))
+
+
+def _check(heuristic: Heuristic, target: Target) -> None:
+    if heuristic.check not in CHECKS:
+        raise TargetError(
+            f"target {target.name}: {heuristic.rule} names the unknown check {heuristic.check!r}",
+            hint=f"use one of {', '.join(CHECKS)}",
+        )
+    wanted = _parameters(CHECKS[heuristic.check])
+    if set(heuristic.parameters) != wanted:
+        raise TargetError(
+            f"target {target.name}: check {heuristic.check!r} of {heuristic.rule} got the parameters "
+            f"{', '.join(sorted(heuristic.parameters)) or 'none'}",
+            hint=f"it takes {', '.join(sorted(wanted)) or 'none'}",
+        )
+
+
+def _parameters(check: Callable[..., Any]) -> set[str]:
+    code = check.__code__
+    return set(code.co_varnames[1 : code.co_argcount])

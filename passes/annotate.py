@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from torch import fx
 
-from ..errors import RecipeError
-from ..graph import Annotation, Editor, constant, error_at, origin, state, tensor_info
-from ..ops import kind_name
+from ..errors import RecipeError, TargetError
+from ..graph import Annotation, Editor, constant, edge_annotations, error_at, origin, state, tensor_info
+from ..ops import KINDS, kind_name
 from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule
 from ..target import OpPlacement, Target
 
-__all__ = ["Annotate", "matches"]
+__all__ = ["SUMS", "Annotate", "applied", "governing", "matches", "quantized_edges"]
 
-_MATMUL_WEIGHT = 1
+SUMS: Final = frozenset(("add",))
+"""Op kinds whose edges :class:`~fxq.passes.residual_add.ResidualAdd` decides on, unless a recipe did."""
+
+_SHOWN: Final = 12
 
 
 @dataclass(frozen=True)
 class Annotate(Pass):
     """Note on each operation how its inputs, weight and output are quantized.
 
-    The target's data names the op kinds and edges that it runs in low precision (R20, R21, R32); the recipe's rules
-    change that, the last match winning edge by edge. Nothing is inserted yet: an annotation says what and why.
+    The target's data names the op kinds and edges that it runs in low precision (R20, R21, R32); the
+    recipe's rules change that, the last match winning edge by edge. Nothing is inserted yet: an annotation
+    says what and why.
 
-    Declines, with a note: operations whose weight is computed in the graph (R35), and tensors that are not floating.
+    Declines, with a note: operations whose weight is computed in the graph (R35). Tensors that are not
+    floating have nothing to quantize.
 
-    Raises (RecipeError): a rule matches nothing; a spec that the edge cannot have.
+    Raises:
+        RecipeError: A rule matches nothing, or matches and changes nothing; a spec that the edge cannot have.
+        TargetError: The target names an op kind that does not exist.
     """
 
     name: ClassVar[str] = "annotate"
@@ -39,43 +46,54 @@ class Annotate(Pass):
 
     def call(self, editor: Editor) -> None:
         now = state(editor.gm)
-        hit: set[int] = set()
+        _check_kinds(now.target)
+        matched: set[int] = set()
+        effective: set[int] = set()
         for node in editor.graph.nodes:
             if node.op not in ("call_function", "call_method", "call_module"):
                 continue
             rules = [(i, r) for i, r in enumerate(now.recipe.rules) if matches(r, node)]
-            hit.update(i for i, _ in rules)
-            placement = now.target.ops.get(kind_name(node))
-            if placement is not None and _computed_weight(node, placement):
-                editor.note(node, "R35", "its weight is computed in the graph, so it stays float")
-                placement = None
-            self._edges(editor, node, now.target, placement, rules)
-        _all_hit(now.recipe, hit, editor.gm)
+            matched.update(i for i, _ in rules)
+            effective.update(self._annotate(editor, node, now.target, rules))
+        _check_rules(now.recipe, matched, effective, editor.gm)
 
     @staticmethod
-    def _edges(
-        editor: Editor,
-        node: fx.Node,
-        target: Target,
-        placement: OpPlacement | None,
-        rules: Sequence[tuple[int, Rule]],
-    ) -> None:
-        for edge in _edges_of(node, placement, rules):
-            default = _default(node, edge, target, placement)
-            chosen = _decide(edge, default, target, placement, rules)
+    def _annotate(
+        editor: Editor, node: fx.Node, target: Target, rules: Sequence[tuple[int, Rule]]
+    ) -> set[int]:
+        """Annotate one node; gives the indices of the rules that had a say."""
+        placement = target.ops.get(kind_name(node))
+        if placement is not None and _computed_weight(node, placement):
+            editor.note(node, "R35", "its weight is computed in the graph, so it stays float")
+            placement = None
+        sums = target.residual.policy != "none" and kind_name(node) in SUMS
+        effective = {i for i, r in rules if sums and not r.explicit}
+        for edge in _edges_of(node, placement):
+            chosen, used = _decide(edge, target, placement, rules, sums=sums)
+            effective.update(used)
             if chosen is None:
                 continue
             if chosen.spec is not None:
                 chosen = replace(chosen, spec=_with_axis(node, edge, chosen.spec, placement))
             editor.annotate(node, edge.key, chosen)
+        if placement is not None:
+            _advise_half(editor, node)
+        return effective
 
 
 @dataclass(frozen=True)
 class _Edge:
-    """One edge of an operation: its key among the annotations and what a recipe calls it."""
+    """One edge of an operation.
+
+    Attributes:
+        key: Its key among the edge_annotations.
+        role: What a recipe calls it.
+        placed: Whether the target quantizes it.
+    """
 
     key: int | str
     role: str
+    placed: bool
 
 
 def matches(rule: Rule, node: fx.Node) -> bool:
@@ -86,22 +104,71 @@ def matches(rule: Rule, node: fx.Node) -> bool:
         if match.startswith("op:"):
             return fnmatch.fnmatchcase(kind_name(node), match.removeprefix("op:"))
         parts = where.module_path.split(".") if where.module_path else []
-        paths = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        paths = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
         return any(fnmatch.fnmatchcase(path, match) for path in paths)
     if isinstance(match, type):
-        return where.module_type is not None and issubclass(where.module_type, match)
+        return any(issubclass(kind, match) for kind in where.module_types)
     return bool(match(node))
 
 
-def _all_hit(recipe: Recipe, hit: set[int], gm: fx.GraphModule) -> None:
+def applied(node: fx.Node, role: str, recipe: Recipe) -> tuple[int, Rule] | None:
+    """The rule that decides on the edges of `node` in this role, with its index; None if none does."""
+    found = None
     for index, rule in enumerate(recipe.rules):
-        if index not in hit:
+        if getattr(rule.edges, role) != KEEP and matches(rule, node):
+            found = index, rule
+    return found
+
+
+def quantized_edges(tensor: fx.Node) -> list[tuple[fx.Node, int | str, Annotation]]:
+    """Every annotation that quantizes `tensor`, with the node and edge that it is noted on."""
+    found: list[tuple[fx.Node, int | str, Annotation]] = [
+        (user, edge, a)
+        for user in tensor.users
+        for edge, a in edge_annotations(user).items()
+        if isinstance(edge, int) and user.args[edge] is tensor and a.spec is not None
+    ]
+    own = edge_annotations(tensor).get("output")
+    if own is not None and own.spec is not None:
+        found.append((tensor, "output", own))
+    return found
+
+
+def governing(tensor: fx.Node) -> Annotation | None:
+    """What holds for `tensor` among its edges' wishes: that of the latest recipe rule; None if float."""
+    wishes = [annotation for _, _, annotation in quantized_edges(tensor)]
+    return max(wishes, key=lambda a: a.priority, default=None)
+
+
+def _check_kinds(target: Target) -> None:
+    strange = sorted(target.kinds - set(KINDS))
+    if strange:
+        raise TargetError(
+            f"target {target.name} speaks of {', '.join(strange)}, which are no op kinds",
+            hint=f"there are {', '.join(sorted(KINDS))}",
+        )
+
+
+def _check_rules(recipe: Recipe, matched: set[int], effective: set[int], gm: fx.GraphModule) -> None:
+    for index, rule in enumerate(recipe.rules):
+        if index not in matched:
             paths = sorted({p for n in gm.graph.nodes if (p := origin(n).module_path)})
-            kinds = sorted({kind_name(n) for n in gm.graph.nodes if n.op == "call_function"})
+            kinds = sorted({kind_name(n) for n in gm.graph.nodes if n.op.startswith("call_")})
+            more = " …" if len(paths) > _SHOWN else ""
             raise RecipeError(
                 f"rule {index} ({rule.text}) matches no operation",
-                hint=f"module paths here: {', '.join(paths[:12])}{' …' if len(paths) > 12 else ''}; "
-                f"op kinds: {', '.join(kinds)}",
+                hint=f"module paths here: {', '.join(paths[:_SHOWN])}{more}; op kinds: {', '.join(kinds)}",
+            )
+        speaks = any(isinstance(getattr(rule.edges, role), QSpec) for role in ("input", "weight", "output"))
+        if index not in effective and speaks:
+            hint = (
+                "the operations it matches have no such edge with floating-point values"
+                if rule.explicit
+                else "EdgeSpecs(input=..., weight=..., output=...) quantizes what the target leaves float"
+            )
+            raise RecipeError(
+                f"rule {index} ({rule.text}) changes nothing: no edge of what it matches is quantized",
+                hint=hint,
             )
 
 
@@ -109,21 +176,22 @@ def _computed_weight(node: fx.Node, placement: OpPlacement) -> bool:
     return placement.weight is not None and constant(node.args[placement.weight]) is None
 
 
-def _edges_of(
-    node: fx.Node, placement: OpPlacement | None, rules: Sequence[tuple[int, Rule]]
-) -> Iterator[_Edge]:
-    inputs: tuple[int, ...] = placement.inputs if placement else ()
-    if not placement and any(isinstance(r.edges.input, QSpec) for _, r in rules):
-        inputs = tuple(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
-    for index in inputs:
-        if _floating(node.args[index]):
-            yield _Edge(index, "weight" if constant(node.args[index]) is not None else "input")
-    if placement and placement.weight is not None and _floating(node.args[placement.weight]):
-        yield _Edge(placement.weight, "weight")
-    if _floating(node) and (
-        (placement and placement.output) or any(r.edges.output != KEEP for _, r in rules)
-    ):
-        yield _Edge("output", "output")
+def _edges_of(node: fx.Node, placement: OpPlacement | None) -> list[_Edge]:
+    """The edges that target or recipe may quantize: of a placed operation those that its placement names
+    (never the bias, R17), of another one all its tensors.
+    """
+    if placement is not None:
+        keys = list(placement.inputs) + ([] if placement.weight is None else [placement.weight])
+    else:
+        keys = list(range(len(node.args)))
+    edges = [
+        _Edge(k, "input" if constant(node.args[k]) is None else "weight", placement is not None)
+        for k in keys
+        if _floating(node.args[k])
+    ]
+    if _floating(node):
+        edges.append(_Edge("output", "output", placement is not None and placement.output))
+    return edges
 
 
 def _floating(node: Any) -> bool:
@@ -131,49 +199,74 @@ def _floating(node: Any) -> bool:
     return info is not None and info.dtype.is_floating_point
 
 
-def _default(node: fx.Node, edge: _Edge, target: Target, placement: OpPlacement | None) -> Annotation | None:
-    if placement is None or (edge.key == "output" and not placement.output):
-        return None
-    spec = target.weight if edge.role == "weight" else target.activation
-    return Annotation(spec, placement.rule, placement.reason)
-
-
 def _decide(
     edge: _Edge,
-    default: Annotation | None,
     target: Target,
     placement: OpPlacement | None,
     rules: Sequence[tuple[int, Rule]],
-) -> Annotation | None:
-    chosen = default
+    *,
+    sums: bool,
+) -> tuple[Annotation | None, set[int]]:
+    """What holds for one edge (None: nothing was said), and the rules that had a say."""
     base = target.weight if edge.role == "weight" else target.activation
+    chosen = (
+        Annotation(base, placement.rule, placement.reason) if placement is not None and edge.placed else None
+    )
+    used: set[int] = set()
     for index, rule in rules:
         wish = getattr(rule.edges, edge.role)
-        if wish == KEEP or (wish is None and chosen is None):
+        bare = isinstance(wish, QSpec) and not rule.explicit and not edge.placed
+        idle = wish is None and chosen is None and not (sums and edge.role == "input")
+        if wish == KEEP or bare or idle:
             continue
         reason = rule.reason or f"recipe rule {index}, {rule.text}"
         chosen = Annotation(None if wish is None else wish.over(base), "recipe", reason, index)
-    return chosen
+        used.add(index)
+    return chosen, used
 
 
 def _with_axis(node: fx.Node, edge: _Edge, spec: QSpec, placement: OpPlacement | None) -> QSpec:
-    """The spec with its per-channel axis filled in (R16)."""
+    """The spec with its per-channel axis filled in (R16), counted from the front."""
     if not isinstance(spec.granularity, PerChannel):
         return spec
-    if spec.granularity.axis is not None:
-        return spec
-    if edge.role != "weight":
+    source = node if edge.key == "output" else node.args[edge.key]  # type: ignore[index]
+    info = tensor_info(source)  # type: ignore[arg-type]
+    rank = len(info.shape) if info is not None else 0
+    axis = spec.granularity.axis
+    if axis is None and edge.role != "weight":
         raise error_at(
             RecipeError,
             f"{edge.role} {edge.key} of {node.name} is to be quantized per channel without an axis",
             node,
             "give PerChannel(axis=...), or per-tensor, which TensorRT wants for activations (R32)",
         )
-    axis = placement.weight_axis if placement else None
-    if axis is None and kind_name(node) == "matmul" and edge.key == _MATMUL_WEIGHT:
-        info = tensor_info(node.args[_MATMUL_WEIGHT])  # type: ignore[arg-type]
-        axis = len(info.shape) - 1 if info is not None and len(info.shape) == 2 else None
+    if axis is not None and not -rank <= axis < rank:
+        raise error_at(
+            RecipeError,
+            f"{edge.role} {edge.key} of {node.name} has {rank} dimensions and no axis {axis}",
+            node,
+            "give PerChannel() for the output channels of the operation",
+        )
+    if axis is None:
+        axis = _output_channels(node, edge, rank, placement)
+    return replace(spec, granularity=PerTensor() if axis is None else PerChannel(axis % rank))
+
+
+def _output_channels(node: fx.Node, edge: _Edge, rank: int, placement: OpPlacement | None) -> int | None:
+    """The weight's axis of output channels (R16); None where there is no single such axis."""
+    if kind_name(node) == "matmul":
+        return 1 if edge.key == 1 and rank == 2 else None
+    if placement is None or rank < 2:
+        return None
     grouped = node.kwargs.get("groups", 1) != 1
-    if axis is None or (grouped and placement is not None and placement.grouped_per_tensor):
-        return replace(spec, granularity=PerTensor())
-    return replace(spec, granularity=PerChannel(axis))
+    return None if grouped and placement.grouped_per_tensor else placement.weight_axis
+
+
+def _advise_half(editor: Editor, node: fx.Node) -> None:
+    """Note an operation of which a recipe quantizes one edge and leaves another float."""
+    low = {edge: a.spec is not None for edge, a in edge_annotations(node).items() if edge != "output"}
+    if len(set(low.values())) == 2:
+        names = ", ".join(str(node.args[edge]) for edge, yes in low.items() if not yes)  # type: ignore[index]
+        editor.note(
+            node, "R20", f"it reads {names} in float, so it does not run in low precision", kind="advice"
+        )

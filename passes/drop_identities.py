@@ -24,9 +24,9 @@ _ONE_INPUT = frozenset(("cat",))
 class DropIdentities(Pass):
     """Remove nodes whose output is their input.
 
-    Rewrite: dropout outside training, ``contiguous``, ``clone`` and ``detach`` (nothing is changed in place any more),
-    a concatenation of one tensor, a reshape, flatten, expand or permute to the same shape and order; nodes left
-    without a reader go too.
+    Rewrite: dropout and stochastic depth outside training, ``contiguous``, ``clone`` and ``detach``
+    (nothing is changed in place any more), a concatenation of one tensor, a reshape, flatten, expand or
+    permute to the same shape and order; nodes left without a reader go too.
 
     Declines: dropout with ``training=True``, which the user asked for.
     """
@@ -60,6 +60,9 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return None
     if name in _DROPOUTS:
         return first if node.kwargs.get("training") is False or node.kwargs.get("p") == 0 else None
+    if name == "stochastic_depth":  # torchvision.ops.stochastic_depth(input, p, mode, training), kept whole
+        training = node.args[3] if len(node.args) > 3 else node.kwargs.get("training", True)
+        return first if training is False else None
     if name in _COPIES:
         return first
     same = tensor_info(node) is not None and tensor_info(node) == tensor_info(first)

@@ -1,12 +1,4 @@
-r"""Fuse BatchNorm into the convolution or linear layer before it.
-
-With :math:`s = \gamma / \sqrt{\mathrm{var} + \epsilon}`, inference-time BatchNorm of :math:`y = W x + b` is
-
-.. math:: s\,(W x + b - \mathrm{mean}) + \beta = (s W)\, x + \big(s\,(b - \mathrm{mean}) + \beta\big)
-
-with :math:`s` along the weight's output-channel axis: 0 for convolutions and linear layers; for a transposed
-convolution in g groups the weight is [in, out/g, …] and the channels of group k lie in rows k of ``in``.
-"""
+"""Fuse BatchNorm into the convolution or linear layer before it; :mod:`fxq.folding` has the algebra."""
 
 from __future__ import annotations
 
@@ -16,63 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from ..folding import fold
 from ..graph import ORIGIN, Editor, constant, origin, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
 
-__all__ = ["FuseBatchNorm", "fold"]
+__all__ = ["FuseBatchNorm"]
 
 _FOLDABLE = frozenset(
     ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 )
-
-
-def fold(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    eps: float,
-    *,
-    groups: int = 1,
-    transposed: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight and bias of a layer with the BatchNorm after it folded in.
-
-    Args:
-        weight: The layer's weight; [out, in/groups, …], or [in, out/groups, …] if `transposed`.
-        bias: Its bias, [out], or None.
-        mean: Running mean, [out].
-        var: Running variance, [out].
-        gamma: BatchNorm's weight, [out], or None for 1.
-        beta: BatchNorm's bias, [out], or None for 0.
-        eps: BatchNorm's epsilon.
-        groups: The layer's groups.
-        transposed: Whether the layer is a transposed convolution.
-
-    Returns:
-        Weight and bias in the weight's dtype. The factors are computed in float64 and each weight is multiplied once,
-        in float32 or wider, so that it is rounded once.
-    """
-    exact = torch.float64
-    scale = torch.rsqrt(var.to(exact) + eps)
-    if gamma is not None:
-        scale = scale * gamma.to(exact)
-    shift = -mean.to(exact) * scale
-    if bias is not None:
-        shift = shift + bias.to(exact) * scale
-    if beta is not None:
-        shift = shift + beta.to(exact)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    factor = scale.to(wide)
-    if transposed:
-        grouped = weight.to(wide).unflatten(0, (groups, -1))  # [g, in/g, out/g, …]
-        folded = (grouped * factor.view(groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
-    else:
-        folded = weight.to(wide) * factor.view(-1, *[1] * (weight.dim() - 1))
-    return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
 @dataclass(frozen=True)

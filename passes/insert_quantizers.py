@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final
 
+import torch
 from torch import fx
 
 from ..errors import TraceError
-from ..graph import Annotation, Editor, annotations, constant, error_at
+from ..graph import Annotation, Editor, constant, error_at
 from ..passbase import Pass
 from ..quantizer import QUANTIZERS, Quantizer
+from ..verify import is_quantizer
+from .annotate import governing, quantized_edges
 
 __all__ = ["InsertQuantizers"]
+
+_TAKEN: Final = frozenset(dir(torch.nn.Module()))
 
 
 @dataclass(frozen=True)
 class InsertQuantizers(Pass):
     """Put one quantizer on each tensor that an annotated edge reads.
 
-    Rewrite: the quantizer goes right behind the tensor, under ``quantizers.<tensor>`` and named after it; edges that
-    are annotated read it, others keep reading the float tensor. One tensor has one quantizer (R29): where edges ask
-    for different specs, the one from the later recipe rule holds.
+    Rewrite: the quantizer goes right behind the tensor, under ``quantizers.<tensor>`` and named after it;
+    edges that are annotated read it, others keep reading the float tensor. A quantized output is read by
+    everyone through the quantizer. One tensor has one quantizer (R29): where edges ask for different specs,
+    the one from the later recipe rule holds; a tensor that has a quantizer keeps it.
+
+    Raises:
+        TraceError: The model has an attribute of its own that is called ``quantizers``.
     """
 
     name: ClassVar[str] = "insert-quantizers"
@@ -30,50 +38,57 @@ class InsertQuantizers(Pass):
     provides: ClassVar[tuple[str, ...]] = ("observed",)
 
     def call(self, editor: Editor) -> None:
-        if hasattr(editor.gm, QUANTIZERS):
-            node = next(iter(editor.graph.nodes))
-            raise error_at(
-                TraceError,
-                f"the model has an attribute named {QUANTIZERS!r}, which fxq needs",
-                node,
-                "rename it",
-            )
+        _check_container(editor)
         for tensor in list(editor.graph.nodes):
-            wishes = _wishes(tensor)
-            if wishes:
-                self._insert(editor, tensor, wishes)
+            annotation = None if is_quantizer(tensor) else governing(tensor)
+            if annotation is not None:
+                self._insert(editor, tensor, annotation)
 
     @staticmethod
-    def _insert(
-        editor: Editor, tensor: fx.Node, wishes: Mapping[tuple[fx.Node, int | str], Annotation]
-    ) -> None:
-        chosen = max(wishes.values(), key=lambda a: a.priority)
-        if chosen.spec is None:
-            return
-        path = f"{QUANTIZERS}.{tensor.name}"
-        weight = constant(tensor) is not None
-        module = Quantizer(
-            chosen.spec, tensor=tensor.name, axis=chosen.spec.axis, tie=chosen.tie, weight=weight
+    def _insert(editor: Editor, tensor: fx.Node, annotation: Annotation) -> None:
+        edges = quantized_edges(tensor)
+        quantizer = next(filter(is_quantizer, tensor.users), None) or _new_quantizer(
+            editor, tensor, annotation
         )
-        editor.set_module(path, module)
-        with editor.after(tensor):
-            quantizer = editor.call_module(path, (tensor,), like=tensor, name=f"{tensor.name}_quantizer")
-        if any(edge == "output" for _, edge in wishes):
+        for user, edge, own in edges:
+            if own.spec != annotation.spec:
+                reason = (
+                    f"{own.reason}; {tensor} has one quantizer (R29), and {annotation.reason} decides on it"
+                )
+                editor.annotate(user, edge, replace(annotation, reason=reason))
+        if any(edge == "output" for _, edge, _ in edges):
             editor.replace(tensor, quantizer)
             return
-        for (user, edge), _ in wishes.items():
+        for user, edge, _ in edges:
             editor.set_arg(user, edge, quantizer)  # type: ignore[arg-type]
 
 
-def _wishes(tensor: fx.Node) -> dict[tuple[fx.Node, int | str], Annotation]:
-    """What the annotated edges of `tensor` ask for."""
-    found: dict[tuple[fx.Node, int | str], Annotation] = {
-        (user, edge): a
-        for user in tensor.users
-        for edge, a in annotations(user).items()
-        if isinstance(edge, int) and user.args[edge] is tensor and a.spec is not None
-    }
-    own = annotations(tensor).get("output")
-    if own is not None and own.spec is not None:
-        found[tensor, "output"] = own
-    return found
+def _new_quantizer(editor: Editor, tensor: fx.Node, annotation: Annotation) -> fx.Node:
+    spec = annotation.spec
+    assert spec is not None
+    weight = constant(tensor) is not None
+    path = f"{QUANTIZERS}.{_key(tensor.name)}"
+    editor.set_module(
+        path, Quantizer(spec, tensor=tensor.name, axis=spec.axis, tie=annotation.tie, weight=weight)
+    )
+    with editor.after(tensor):
+        return editor.call_module(path, (tensor,), like=tensor, name=f"{tensor.name}_quantizer")
+
+
+def _key(name: str) -> str:
+    """A tensor's name as a submodule's: torch refuses those of Module's attributes, such as ``to``."""
+    return f"{name}_" if name in _TAKEN else name
+
+
+def _check_container(editor: Editor) -> None:
+    held = getattr(editor.gm, QUANTIZERS, None)
+    nodes = [node for node in editor.graph.nodes if is_quantizer(node)]
+    if held is None or any(str(node.target).startswith(f"{QUANTIZERS}.") for node in nodes):
+        return
+    reads = [n for n in editor.graph.nodes if str(n.target).split(".")[0] == QUANTIZERS]
+    raise error_at(
+        TraceError,
+        f"the model has an attribute called {QUANTIZERS!r}, which fxq needs",
+        reads[0] if reads else next(iter(editor.graph.nodes)),
+        "rename it in the model",
+    )

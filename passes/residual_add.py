@@ -3,111 +3,204 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
-from ..graph import Annotation, Editor, annotations, constant, state, tensor_info
+from ..graph import Annotation, Editor, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
+from ..recipe import QSpec, Recipe
 from ..target import Target
+from .annotate import SUMS, applied, quantized_edges
 
-__all__ = ["ResidualAdd", "longer_way"]
+__all__ = ["ResidualAdd", "longest_ways", "sources"]
+
+Way = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ResidualAdd(Pass):
     """Quantize the skip input of each addition that TensorRT fuses into a convolution, and only that one.
 
-    Problem: of ``conv(...) + skip`` TensorRT makes one INT8 kernel if the skip arrives in INT8 (R23). With neither
-    input quantized the kernel's result is float and the block leaves INT8; with both, Add separates from Conv. Tools
-    that swap modules do not see the addition at all.
+    Problem: of ``conv(...) + skip`` TensorRT makes one INT8 kernel if the skip arrives in INT8 (R23). With
+    neither input quantized the kernel's result is float and the block leaves INT8; with both, Add separates
+    from Conv. Tools that swap modules do not see the addition at all.
 
-    Rewrite: the edge that comes straight from a convolution that nobody else reads stays float. The other one is the
-    skip: it reads the tensor's own quantizer if the tensor has one (R24, R29), so the skip travels in INT8; otherwise
-    the tensor gets one (a downsample convolution's output, a sum of a pre-activation block). Where both inputs are
-    convolutions, the one on the longer way from their lowest common ancestor is the block's last one (R25).
+    Rewrite: the edge that comes straight from a convolution that nobody else reads stays float. The other
+    one is the skip: it reads the tensor's own quantizer if the tensor has one (R24, R29), so the skip
+    travels in INT8; otherwise the tensor gets one (a downsample convolution's output, a sum of a
+    pre-activation block). Where both inputs are convolutions, the one on the longer way from their lowest
+    common ancestor is the block's last one; where the ways are equally long, the one that runs last takes
+    the addition along (R25).
 
-    Declines, with a note: neither input comes straight from a convolution; the convolution stays float; the inputs
-    broadcast (R44); the other input is a constant, or has no ancestor in common with the convolution.
+    Declines, with a note. Under R23, additions that are residual: neither input comes straight from a
+    convolution that nothing else reads; the convolution stays float; its output has a quantizer of its own.
+    Under R44: the inputs broadcast. Under R25, additions that are not: both inputs are one tensor; one is a
+    constant; they have no ancestor in common; what they have in common is the convolution itself. What a
+    recipe says of the addition's edges holds.
     """
 
     name: ClassVar[str] = "residual-add"
     requires: ClassVar[tuple[str, ...]] = ("annotated",)
 
     def call(self, editor: Editor) -> None:
-        target = state(editor.gm).target
-        if target.residual.policy == "none":
+        now = state(editor.gm)
+        if now.target.residual.policy == "none":
             return
         order = {node: index for index, node in enumerate(editor.graph.nodes)}
+        origins = sources(editor.graph)
         for node in editor.graph.nodes:
-            if kind_name(node) == "add" and tensor_info(node) is not None and not _spoken_for(node):
-                self._annotate(editor, node, target, order)
+            if kind_name(node) not in SUMS or not _adds_tensors(node):
+                continue
+            if edge_annotations(node).keys() - {"output"}:
+                _note_recipe(editor, node, origins)
+                continue
+            found = _skip(node, now.target, order, origins)
+            if isinstance(found, _Declined):
+                editor.note(node, found.rule, f"this addition stays float: {found.why}")
+            else:
+                self._annotate(editor, node, found, now.target, now.recipe, order)
 
-    def _annotate(self, editor: Editor, add: fx.Node, target: Target, order: dict[fx.Node, int]) -> None:
-        if not all(isinstance(a, fx.Node) and tensor_info(a) is not None for a in add.args):
-            return
-        conv_edge, why = _convolution_edge(add, target, order)
-        if conv_edge is None:
-            editor.note(add, "R23", f"this addition stays float: {why}")
-            return
-        skip_edge = 1 - conv_edge
-        skip, conv = add.args[skip_edge], add.args[conv_edge]
-        shared = any(a.spec is not None for u in skip.users for a in _edges_on(u, skip))  # type: ignore[union-attr]
-        reason = f"skip edge: {conv} fuses with the addition when the other input arrives in INT8"  # R23
+    @staticmethod
+    def _annotate(
+        editor: Editor, add: fx.Node, edge: int, target: Target, recipe: Recipe, order: Mapping[fx.Node, int]
+    ) -> None:
+        skip, conv = add.args[edge], add.args[1 - edge]
+        assert isinstance(skip, fx.Node)
+        reason = f"skip edge: {conv} takes the addition along when the other input arrives quantized"
+        shared = _has_quantizer(skip, add, order)
         if shared:
             reason += f"; {skip} has a quantizer already and the same one serves"
-        edges = (0, 1) if target.residual.policy == "both" else (skip_edge,)
-        for edge in edges:
-            editor.annotate(add, edge, Annotation(target.activation, "R24" if shared else "R23", reason))
+        rule, said = "R24" if shared else "R23", applied(add, "input", recipe)
+        spec, priority = target.activation, -1
+        if said is not None and isinstance(said[1].edges.input, QSpec):
+            priority, spec = said[0], said[1].edges.input.over(target.activation)
+            reason += f"; how is recipe rule {priority}'s, {said[1].text}"
+        editor.annotate(add, edge, Annotation(spec, rule, reason, priority))
 
 
-def _spoken_for(node: fx.Node) -> bool:
-    """Whether a recipe rule decided on this addition's inputs."""
-    return any(a.rule == "recipe" for edge, a in annotations(node).items() if edge != "output")
+@dataclass(frozen=True)
+class _Declined:
+    rule: str
+    why: str
 
 
-def _edges_on(user: fx.Node, tensor: fx.Node) -> list[Annotation]:
-    return [a for edge, a in annotations(user).items() if isinstance(edge, int) and user.args[edge] is tensor]
+def _adds_tensors(node: fx.Node) -> bool:
+    parts = (*node.args[:2], node)
+    return all(isinstance(a, fx.Node) and tensor_info(a) is not None for a in parts)
 
 
-def _convolution_edge(add: fx.Node, target: Target, order: dict[fx.Node, int]) -> tuple[int | None, str]:
-    """Index of the input that stays float, or None and the reason."""
-    first, second = add.args
-    if first is second:
-        return None, "both inputs are one tensor"
-    if any(constant(a) is not None for a in (first, second)):
-        return None, "one input is a constant"
-    shapes = [tensor_info(a).shape for a in (first, second)]  # type: ignore[arg-type,union-attr]
-    if shapes[0] != shapes[1]:
-        return (
-            None,
-            f"the inputs {list(shapes[0])} and {list(shapes[1])} broadcast, so it does not fuse (R44)",
-        )
-    fusible = [i for i, a in enumerate((first, second)) if _fuses(a, add, target)]  # type: ignore[arg-type]
+def _note_recipe(editor: Editor, add: fx.Node, origins: Mapping[fx.Node, int]) -> None:
+    """Say what a recipe rule that decided on the addition's inputs means for it."""
+    said = [a for edge, a in edge_annotations(add).items() if edge != "output" and a.rule == "recipe"]
+    first, second = add.args[:2]
+    if not said or _unfit(first, second, origins) is not None:  # type: ignore[arg-type]
+        return
+    if all(a.spec is None for a in said):
+        editor.note(add, "R23", f"this addition stays float: {said[0].reason}")
+    elif all(a.spec is not None for a in said) and len(said) == 2:
+        text = "both its inputs are quantized, so it separates from its convolution"
+        editor.note(add, "R23", f"{text}: {said[0].reason}", kind="advice")
+
+
+def _has_quantizer(skip: fx.Node, add: fx.Node, order: Mapping[fx.Node, int]) -> bool:
+    """Whether `skip` is quantized for somebody else: any operation, or an addition before this one."""
+    return any(
+        user is skip or kind_name(user) not in SUMS or order[user] < order[add]
+        for user, _, _ in quantized_edges(skip)
+        if user is not add
+    )
+
+
+def _skip(
+    add: fx.Node, target: Target, order: Mapping[fx.Node, int], origins: Mapping[fx.Node, int]
+) -> int | _Declined:
+    """Index of the input that is the skip."""
+    first, second = add.args[:2]
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    unfit = _unfit(first, second, origins)
+    if unfit is not None:
+        return unfit
+    fusible = [i for i, a in enumerate((first, second)) if _fuses(a, add, target)]
     if not fusible:
-        return None, "neither input comes straight from a convolution that nothing else reads"
-    lengths = longer_way(first, second, target, order)  # type: ignore[arg-type]
-    if lengths is None:
-        return None, "its inputs have no tensor in common that they come from"
+        return _not_fusible(first, second, target, order)
+    conv = fusible[0]
     if len(fusible) == 2:
-        edge = 0 if lengths[0] >= lengths[1] else 1
-    else:
-        edge = fusible[0]
-    conv = add.args[edge]
-    if not any(a.spec is not None for a in annotations(conv).values()):  # type: ignore[arg-type]
-        return None, f"its convolution {conv} stays float"
-    return edge, ""
+        ways = longest_ways(first, second, target, order)
+        assert ways is not None
+        longer = [(*way, order[node]) for way, node in zip(ways, (first, second), strict=True)]
+        conv = longer.index(max(longer))
+    node = (first, second)[conv]
+    edges = [a for key, a in edge_annotations(node).items() if key != "output"]
+    if not edges or any(a.spec is None for a in edges):
+        return _Declined("R23", f"its convolution {node} stays float")
+    if any(edge == "output" for _, edge, _ in quantized_edges(node)):
+        return _Declined("R23", f"the output of its convolution {node} has a quantizer of its own")
+    return 1 - conv
+
+
+def _unfit(first: fx.Node, second: fx.Node, origins: Mapping[fx.Node, int]) -> _Declined | None:
+    """Why these two inputs make no residual addition at all."""
+    if first is second:
+        return _Declined("R25", "both inputs are one tensor")
+    if constant(first) is not None or constant(second) is not None:
+        return _Declined("R25", "one input is a constant")
+    one, other = tensor_info(first), tensor_info(second)
+    assert one is not None
+    assert other is not None
+    if one.dtype != other.dtype or not one.dtype.is_floating_point:
+        return _Declined("R25", f"its inputs are {one.dtype} and {other.dtype}".replace("torch.", ""))
+    if one.shape != other.shape:
+        return _Declined(
+            "R44", f"its inputs {list(one.shape)} and {list(other.shape)} broadcast, which does not fuse"
+        )
+    if not origins[first] & origins[second]:
+        return _Declined("R25", "its inputs have no tensor in common that they come from")
+    return None
 
 
 def _fuses(node: fx.Node, add: fx.Node, target: Target) -> bool:
     return kind_name(node) in target.residual.weighted and list(node.users) == [add]
 
 
-def longer_way(
-    first: fx.Node, second: fx.Node, target: Target, order: dict[fx.Node, int]
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def _not_fusible(first: fx.Node, second: fx.Node, target: Target, order: Mapping[fx.Node, int]) -> _Declined:
+    for conv, other in ((first, second), (second, first)):
+        if kind_name(conv) in target.residual.weighted:
+            ways = longest_ways(conv, other, target, order)
+            if ways is not None and ways[0] == (0, 0) and ways[1][0] == 0:
+                return _Declined(
+                    "R25", f"{other} comes from {conv} without another weighted operation between them"
+                )
+    return _Declined("R23", "neither input comes straight from a convolution that nothing else reads")
+
+
+def sources(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node the set of inputs that it depends on, as bits; stored tensors (``get_attr``) do not
+    count.
+
+    Two nodes have an ancestor in common exactly if their bits meet. One walk over the graph.
+    """
+    bits: dict[fx.Node, int] = {}
+    inputs = 0
+    for node in graph.nodes:
+        bits[node] = 0
+        if node.op == "get_attr":
+            continue
+        for source in node.all_input_nodes:
+            bits[node] |= bits[source]
+        if node.op == "placeholder":
+            bits[node] = 1 << inputs
+            inputs += 1
+    return bits
+
+
+def longest_ways(
+    first: fx.Node, second: fx.Node, target: Target, order: Mapping[fx.Node, int]
+) -> tuple[Way, Way] | None:
     """How far two nodes are from their lowest common ancestor.
 
     Args:
@@ -117,13 +210,14 @@ def longer_way(
         order: Position of every node in the graph.
 
     Returns:
-        For each of the two, the length of its longest way from the ancestor, as (weighted operations, all operations);
-        None if they have no ancestor in common. Only the nodes between are visited.
+        For each of the two, the length of its longest way from the ancestor, as (weighted operations, all
+        operations); None if they have no ancestor in common. Only the nodes between are visited, the latest
+        first, so that each is left when all ways to it are known.
     """
-    ways: dict[fx.Node, dict[int, tuple[int, int]]] = {}
+    ways: dict[fx.Node, dict[int, Way]] = {}
     heap: list[tuple[int, fx.Node]] = []
 
-    def reach(node: fx.Node, side: int, way: tuple[int, int]) -> None:
+    def reach(node: fx.Node, side: int, way: Way) -> None:
         if node.op == "get_attr":
             return
         if node not in ways:
@@ -135,7 +229,7 @@ def longer_way(
     reach(second, 1, (0, 0))
     while heap:
         _, node = heapq.heappop(heap)
-        sides = ways[node]
+        sides = ways.pop(node)
         if len(sides) == 2:
             return sides[0], sides[1]
         for side, (weighted, steps) in sides.items():

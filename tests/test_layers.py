@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("qparams", "qdq", "thresholds", "observers", "quantizer"),
     ("graph", "ops", "printer"),
     ("passbase", "tracer", "verify"),
-    ("calibration", "graph_lint", "manager", "reports"),
+    ("calibration", "graph_lint", "manager", "placement", "reports"),
     ("passes",),
     ("backends",),
     ("flow",),

@@ -1,4 +1,4 @@
-"""quantize and dequantize compute what ONNX does, whoever asks: eager, traced, exported, compiled or faked."""
+"""quantize and dequantize compute what ONNX does: eager, traced, exported, compiled or faked."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_equals_numpy_at_any_magnitude(x: np.ndarray, scale: float, zero: int) -
 
 
 def onnx_pair(x: Tensor, scale: Tensor, zero: Tensor, axis: int | None, dtype: str) -> tuple[Any, np.ndarray]:
-    """What ONNX Runtime's QuantizeLinear (None for FP8, which NumPy cannot hold) and DequantizeLinear give."""
+    """What ONNX Runtime gives: the integers (None for FP8, which NumPy cannot hold) and the real values."""
     kind = ONNX_TYPES[dtype]
     float_kind = helper.np_dtype_to_tensor_dtype(x.numpy().dtype)
     attributes = {} if axis is None else {"axis": axis}
@@ -318,7 +318,7 @@ def test_fx_prints_and_runs_the_constants() -> None:
 def test_an_unknown_dtype_is_named() -> None:
     x, scale, zero = case(0, "int8", None)
     for call in (quantize, fake_quantize):
-        with pytest.raises(RecipeError, match="'int9'.*\n.*int8"):
+        with pytest.raises(RecipeError, match=r"'int9'.*\n.*int8"):
             call(x, scale, zero, None, "int9")
 
 

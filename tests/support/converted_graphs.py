@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, fx
+
 from fxq.graph import ORIGIN, Origin
 from fxq.qdq import DEQUANTIZE, QUANTIZE, quantize
-from torch import Tensor, fx
 
 
 class GraphBuilder:
@@ -117,7 +118,7 @@ class GraphBuilder:
 
 
 def residual_net() -> tuple[fx.GraphModule, tuple[Tensor]]:
-    """A residual block with a grouped convolution, a hardswish, a skip that shares its quantizer, and a classifier."""
+    """A residual block with grouped convolution, hardswish and a skip in INT8, and a classifier."""
     b = GraphBuilder()
     x = b.input("x")
     stem = b.conv(b.qdq(x, 0.03), "stem", (3, 8))

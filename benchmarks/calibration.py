@@ -1,0 +1,187 @@
+"""What calibration costs: each observer's forward pass as a multiple of the plain one, and the time to solve.
+
+    python benchmarks/calibration.py
+    python benchmarks/calibration.py --device cuda --batch 64 --rounds 5
+
+The plain forward is the same fused graph without observers, in inference mode. Every batch goes through all
+variants in turn, so that all of them see the same load on the machine; medians over all batches and rounds
+count. The network is torchvision's with random weights, the images are smoothed noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from images import synthetic
+from networks import torchvision_models
+from torch import Tensor, fx, nn
+
+import fxq
+from fxq.calibration import calibrate, solve
+from fxq.observers import Histogram
+from fxq.quantizer import Quantizer, quantizers
+from fxq.recipe import QSpec, Recipe, Rule
+
+COLLECTED = {
+    "max": ["max"],
+    "moving-average": ["moving-average"],
+    "entropy": ["percentile", "entropy", "mse"],
+}
+TORCH_AO = "torch.ao HistogramObserver"
+
+
+@dataclass
+class Variant:
+    """One way to run the network over a batch, with the seconds that each batch took."""
+
+    name: str
+    run: Callable[[Tensor], object]
+    seconds: list[float] = field(default_factory=list)
+
+    def time(self, batch: Tensor) -> None:
+        """Run one batch and note how long it took."""
+        wait = torch.cuda.synchronize if batch.is_cuda else (lambda: None)
+        wait()
+        start = time.perf_counter()
+        self.run(batch)
+        wait()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def prepared(model: nn.Module, example: Tensor, method: str) -> fx.GraphModule:
+    """The network with observers for one method."""
+    recipe = Recipe([Rule("*", QSpec(method=method))])
+    gm = fxq.prepare(model, example, recipe=recipe)
+    return gm.eval()
+
+
+def plain(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without quantizers."""
+    gm = copy.deepcopy(gm)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), Quantizer):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return gm.eval()
+
+
+def torch_ao(model: nn.Module, example: Tensor) -> nn.Module:
+    """torch.ao's prepare_fx with its default (histogram) observers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import prepare_fx
+
+        found: nn.Module = prepare_fx(
+            copy.deepcopy(model).cpu(), get_default_qconfig_mapping("x86"), (example.cpu(),)
+        )
+    return found.to(example.device)
+
+
+def bytes_observed(gm: fx.GraphModule, batch: Tensor) -> int:
+    """Bytes that the observers of activations read per batch."""
+    observed = {f"quantizers.{name}" for name, q in quantizers(gm).items() if not q.weight}
+    total = 0
+
+    class Sizes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            nonlocal total
+            result = super().run_node(n)
+            if n.target in observed and isinstance(result, Tensor):
+                total += result.numel() * result.element_size()
+            return result
+
+    with torch.inference_mode():
+        Sizes(copy.deepcopy(gm)).run(batch)
+    return total
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="resnet50", help="a torchvision classifier (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="times over all batches (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=min(4, os.cpu_count() or 1), help="(default: %(default)s)"
+    )
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--torch-ao", action="store_true", help=f"run {TORCH_AO} as well")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = (
+        torchvision_models().get_model(args.model, weights=None).eval().to(args.device, memory_format=layout)
+    )
+    images = synthetic(args.batch * args.batches, (3, 224, 224), seed=1)
+    batches = [b.to(args.device).contiguous(memory_format=layout) for b in images.split(args.batch)]
+    graphs = {method: prepared(model, batches[0], method) for method in COLLECTED}
+    variants = [Variant("plain", plain(graphs["max"])), *(Variant(name, gm) for name, gm in graphs.items())]
+    if args.torch_ao:
+        variants.append(Variant(TORCH_AO, torch_ao(model, batches[0])))
+    with torch.inference_mode():
+        for variant in variants:
+            variant.run(batches[0])
+            variant.run(batches[0])
+        for _ in range(args.rounds):
+            for batch in batches:
+                for variant in variants:
+                    variant.time(batch)
+
+    base = statistics.median(variants[0].seconds)
+    read = bytes_observed(graphs["max"], batches[0]) / 1e6
+    count = len([q for q in quantizers(graphs["max"]).values() if not q.weight])
+    print(
+        f"{args.model}, batch {args.batch}, {args.device}, {args.threads} threads: {count} tensors, {read:.0f} MB observed"
+    )
+    print("\n| collects | of a plain forward | ms per batch | counted |\n|---|---|---|---|")
+    for variant in variants:
+        counted = "-"
+        if isinstance(variant.run, fx.GraphModule):
+            found = [
+                q.observer for q in quantizers(variant.run).values() if isinstance(q.observer, Histogram)
+            ]
+            if found:
+                counted = (
+                    f"{sum(int(o.counts.sum()) for o in found) / sum(int(o.elements) for o in found):.1%}"
+                )
+        median = statistics.median(variant.seconds)
+        print(f"| {variant.name} | {median / base:.3f} | {median * 1e3:.1f} | {counted} |")
+
+    print("\n| solves, all tensors | of a plain forward | ms |\n|---|---|---|")
+    for collected, methods in COLLECTED.items():
+        for method in methods:
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                solve(graphs[collected], method)
+                seconds.append(time.perf_counter() - start)
+            print(f"| {method} | {min(seconds) / base:.3f} | {min(seconds) * 1e3:.0f} |")
+
+    start = time.perf_counter()
+    calibrate(graphs["entropy"], batches, progress=False)
+    whole = time.perf_counter() - start
+    print(
+        f"\nfxq.calibrate by entropy, whole call: {whole / (base * len(batches)):.3f} of the plain forwards"
+    )
+
+
+if __name__ == "__main__":
+    main()

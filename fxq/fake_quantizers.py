@@ -1,0 +1,423 @@
+"""The quantizer of a graph that trains: a Quantizer that fake-quantizes, and whose scale may move while it does.
+
+It stands where a prepared graph has its Quantizer, under the same name and with the same keys, is calibrated by the
+same call and converted by the same pass. What moves its scale is a :class:`ScalePolicy`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import qdq, straight_through
+from .batch_norm import TrainedBatchNorm
+from .errors import RecipeError
+from .folding import along_outputs, fold_weight
+from .qparams import scale_and_zero_point, unchecked_scale_and_zero_point
+from .quantizer import Mode, Quantizer
+from .straight_through import ScaleGradient
+
+__all__ = ["POLICIES", "FakeQuantizer", "FoldedInto", "ScalePolicy"]
+
+ACTIVATIONS: Final = ("fixed", "moving-average", "learned", "pact")
+WEIGHTS: Final = ("fixed", "max", "learned")
+_GRADIENTS: Final = {"learned": ScaleGradient.LSQ, "pact": ScaleGradient.PACT}
+_SMALLEST: Final = 2.0**-100
+"""What a learned scale counts as when an optimizer drove it to zero or below."""
+
+
+@dataclass(frozen=True)
+class ScalePolicy:
+    """What moves the scales of a graph that trains.
+
+    Attributes:
+        activations: One of :data:`ACTIVATIONS`. ``fixed``: as calibrated (NVIDIA's recipe). ``moving-average``: each
+            batch's range pulls the scale's range (Jacob et al., 2018). ``learned``: LSQ (Esser et al., 2020), the
+            gradient scaled by ``1 / sqrt(N * qmax)``; without calibration it starts at ``2 mean|x| / sqrt(qmax)``.
+            ``pact``: ReLU outputs learn their upper end (Choi et al., 2018), other tensors go by moving average.
+        weights: One of :data:`WEIGHTS`. ``max``: the largest magnitude of each step's weight. ``fixed`` and
+            ``learned`` as for activations.
+        momentum: The newest batch's share of a moving average, in (0, 1].
+
+    Raises:
+        RecipeError: There is no such value.
+    """
+
+    activations: str = "fixed"
+    weights: str = "fixed"
+    momentum: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, known in (("activations", ACTIVATIONS), ("weights", WEIGHTS)):
+            if getattr(self, name) not in known:
+                raise RecipeError(
+                    f"no scale policy {getattr(self, name)!r} for {name}", hint=f"use one of {', '.join(known)}"
+                )
+        if not 0 < self.momentum <= 1:
+            raise RecipeError(f"momentum {self.momentum} is not in (0, 1]")
+
+
+POLICIES: Final = {
+    "fixed": ScalePolicy("fixed", "fixed"),
+    "moving-average": ScalePolicy("moving-average", "max"),
+    "learned": ScalePolicy("learned", "learned"),
+    "pact": ScalePolicy("pact", "max"),
+}
+"""Policies by the name that stands for them."""
+
+
+@dataclass(frozen=True)
+class FoldedInto:
+    """The BatchNorm that a weight's layer is folded with.
+
+    Attributes:
+        norm: The BatchNorm behind the layer.
+        groups: The layer's groups.
+        transposed: Whether the layer is a transposed convolution.
+    """
+
+    norm: TrainedBatchNorm
+    groups: int = 1
+    transposed: bool = False
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The folded weight, differentiable."""
+        return fold_weight(weight, self.norm.factor(), groups=self.groups, transposed=self.transposed)
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """What the weight is multiplied by, float32, in a shape that broadcasts over it; no gradient flows."""
+        with torch.no_grad():
+            values = self.norm.factor().to(torch.float32)
+            return along_outputs(values, weight, groups=self.groups, transposed=self.transposed)
+
+
+class FakeQuantizer(Quantizer):
+    """Fake-quantizes one tensor, in training with straight-through gradients and a scale that its policy moves.
+
+    In eval mode it computes :func:`fxq.qdq.fake_quantize`, so it gives what the converted graph gives. Mode
+    ``OBSERVE`` collects for calibration as any quantizer does.
+
+    Args:
+        source: The quantizer whose place it takes.
+        policy: What moves the scale; one of :data:`ACTIVATIONS` or :data:`WEIGHTS`.
+        shape: The tensor's shape, as the example inputs gave it.
+        momentum: The newest batch's share of a moving average.
+
+    Attributes:
+        policy: As given.
+        momentum: As given.
+        observing: Whether a ``moving-average`` or ``max`` scale moves in training.
+        scale: float32, [] or [channels]; a Parameter if learned. NaN while unknown.
+        zero_point: int32, likewise.
+
+    Raises:
+        RecipeError: The policy learns, and the spec is asymmetric or its type floating.
+    """
+
+    def __init__(self, source: Quantizer, policy: str, shape: Sequence[int], *, momentum: float = 0.01) -> None:
+        super().__init__(
+            source.spec, tensor=source.tensor, axis=source.axis, tie=source.tie, weight=source.weight
+        )
+        self.policy, self.momentum = policy, momentum
+        self.observing = True
+        self.mode = Mode.QUANTIZE
+        self._members: tuple[FakeQuantizer, ...] = (self,)
+        self._folded: FoldedInto | None = None
+        self._known = False
+        channels = () if self.axis is None else (shape[self.axis],)
+        self.zero_point = torch.zeros(channels, dtype=torch.int32)
+        scale = torch.full(channels, torch.nan)
+        if self.learns:
+            if self.spec.symmetric is False or self.spec.qdtype.floating:
+                raise RecipeError(
+                    f"the scale of {self.tensor} cannot be learned over {self.spec}",
+                    hint="learned scales are for symmetric integer specs; LSQ+'s offset is not for TensorRT (R9)",
+                )
+            del self.scale
+            self.scale = nn.Parameter(scale)
+        else:
+            self.scale = scale
+
+    @property
+    def learns(self) -> bool:
+        """Whether the scale is a parameter."""
+        return self.policy in _GRADIENTS
+
+    @property
+    def solved(self) -> bool:
+        """Whether scale and zero point are known."""
+        return self._known
+
+    @property
+    def folded(self) -> FoldedInto | None:
+        """The BatchNorm that the weight's layer is folded with; None for activations and layers without one."""
+        return self._folded
+
+    @folded.setter
+    def folded(self, value: FoldedInto | None) -> None:
+        self._folded = value
+
+    def share(self, members: Sequence[FakeQuantizer]) -> None:
+        """Have one scale with `members`, itself among them; the first one's is taken.
+
+        Raises:
+            RecipeError: The members' scales are of different shapes or kinds.
+        """
+        first = members[0]
+        for other in members:
+            if other.scale.shape != first.scale.shape or other.policy != first.policy:
+                raise RecipeError(
+                    f"{first.tensor} and {other.tensor} share a scale, but not its granularity and policy",
+                    hint="give tensors that share a scale the same spec",
+                )
+        for other in members:
+            other._members = tuple(members)
+            other._take_shared()
+
+    def _take_shared(self) -> None:
+        first = self._members[0]
+        if self is not first:
+            if self.learns:
+                self._parameters["scale"] = first._parameters["scale"]
+            else:
+                self._buffers["scale"] = first._buffers["scale"]
+            self._buffers["zero_point"] = first._buffers["zero_point"]
+            self._known = first._known
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.learns and self.scale.dtype != torch.float32:  # half() and the like leave scales as they are
+            self._parameters["scale"] = nn.Parameter(self.scale.detach().float(), self.scale.requires_grad)
+        for member in self._members:
+            member._take_shared()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._known = not bool(self.scale.isnan().any())
+        for member in self._members:
+            member._take_shared()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What x becomes in quantized form, in x's shape and dtype; x itself in other modes than QUANTIZE.
+
+        A weight whose layer is folded with a BatchNorm comes out as the layer has to compute with it.
+
+        Raises:
+            CalibrationError: The scale is unknown and its policy does not find one by itself, or x cannot be observed.
+        """
+        if self._folded is not None:
+            return self._forward_folded(x, self._folded)
+        if self.training and self.observing:
+            self._follow(x)
+        if self.mode is Mode.QUANTIZE:
+            return self._fake_quantize(x)
+        if self.mode is Mode.OBSERVE and self.observer is not None:
+            self.observer.collect(x)
+        return x
+
+    def _forward_folded(self, weight: Tensor, folded: FoldedInto) -> Tensor:
+        if not folded.norm.batch_statistics:
+            real = folded.weight(weight)
+            if self.mode is not Mode.QUANTIZE:
+                return real
+            if self.training and self.observing:
+                self._follow(real)
+            return self._fake_quantize(real)
+        factor = folded.factor(weight)
+        if self.observing and (self.policy == "max" or not self._known):
+            self._follow(weight.detach() * factor)
+        if self.mode is not Mode.QUANTIZE:
+            return weight
+        if not self._fast:
+            real = self._exact(weight * factor)
+            return torch.where(factor == 0, weight, real / torch.where(factor == 0, 1.0, factor))
+        self._require_solved()
+        return straight_through.fake_quantize_weight(
+            weight, self._spread(self.effective_scale, weight), self.spec.qdtype, factor=factor, **self._learning(weight)
+        )
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        if self.policy == "max" and not (self.training and self.observing):
+            self._refresh(x)
+        self._require_solved()
+        if not self.training or not self._fast:
+            return self._exact(x)
+        scale, how = self.effective_scale, self._learning(x)
+        if self.axis is None:
+            return straight_through.fake_quantize(x, scale, self.spec.qdtype, **how)
+        return straight_through.fake_quantize_weight(x, self._spread(scale, x), self.spec.qdtype, **how)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        scale = self.effective_scale.detach()
+        return qdq.fake_quantize(x, scale, self.zero_point, self.axis, self.spec.qdtype.name)
+
+    @property
+    def _fast(self) -> bool:
+        """Whether :mod:`fxq.straight_through` has the arithmetic for the spec."""
+        return self.spec.symmetric is not False and not self.spec.qdtype.floating and self.spec.qdtype.qmax < 1 << 23
+
+    @property
+    def effective_scale(self) -> Tensor:
+        """The scale that is computed with: a learned one is kept above 0."""
+        if not self.learns:
+            return self.scale.clone() if self.training else self.scale
+        return self.scale + (self.scale.clamp(min=_SMALLEST) - self.scale).detach()
+
+    def _spread(self, scale: Tensor, x: Tensor) -> Tensor:
+        if self.axis is None:
+            return scale
+        shape = [1] * x.dim()
+        shape[self.axis] = -1
+        return scale.view(shape)
+
+    def _learning(self, x: Tensor) -> dict[str, Any]:
+        """The scale's gradient, and what it is multiplied by.
+
+        LSQ: 1 / sqrt(N qmax), N being the elements that one scale serves (for activations, of one sample). PACT learns
+        alpha = scale * qmax; gradient descent on alpha is descent on the scale with its gradient over qmax squared.
+        """
+        if not self.learns:
+            return {}
+        gradient, qmax = _GRADIENTS[self.policy], self.spec.qdtype.qmax
+        if gradient is ScaleGradient.PACT:
+            return {"gradient": gradient, "gradient_scale": 1.0 / qmax**2}
+        samples = 1 if self.weight else max(x.shape[0], 1)
+        elements = max(x.numel() // self.scale.numel() // samples, 1)
+        return {"gradient": gradient, "gradient_scale": (elements * qmax) ** -0.5}
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Let a step's tensor move the scale, as the policy says."""
+        if self.policy == "max":
+            self._refresh(x)
+        elif self.policy == "moving-average":
+            self._average(x)
+        elif self.learns and not self._known:
+            self._begin(x)
+
+    def _dims(self, x: Tensor) -> list[int]:
+        return [d for d in range(x.dim()) if self.axis is None or d != self.axis % x.dim()]
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value, float32, [] or [channels]; over all processes for an activation."""
+        if self.axis is None:
+            low, high = x.detach().aminmax()
+        else:
+            low, high = x.detach().amin(self._dims(x)), x.detach().amax(self._dims(x))
+        if not self.weight and _distributed():
+            both = torch.stack([-low, high]).float()
+            dist.all_reduce(both, dist.ReduceOp.MAX)
+            low, high = -both[0], both[1]
+        return low.float(), high.float()
+
+    def _set(self, scale: Tensor, zero_point: Tensor) -> None:
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        for member in self._members:
+            member._known = True
+
+    @torch.no_grad()
+    def _refresh(self, x: Tensor) -> None:
+        """Take the range from the tensor itself."""
+        self._set(*unchecked_scale_and_zero_point(*self._range(x), self.spec))
+
+    def _average(self, x: Tensor) -> None:
+        """Pull the running range, which the observer keeps, towards the batch's; members of a tie take the widest."""
+        if x.numel() == 0:
+            return
+        low, high = self._range(x)
+        observer = self.observer
+        assert observer is not None
+        if observer.amin.shape != low.shape:
+            observer.amin, observer.amax = torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf)
+        for held, new in ((observer.amin, low), (observer.amax, high)):
+            held.copy_(torch.where(held.isfinite(), torch.lerp(held, new, self.momentum), new))
+        ranges = [m.observer for m in self._members if m.observer is not None and m.observer.amin.shape == low.shape]
+        low = torch.stack([r.amin for r in ranges]).amin(0)
+        high = torch.stack([r.amax for r in ranges]).amax(0)
+        self._set(*unchecked_scale_and_zero_point(low, high, self.spec))
+
+    def _begin(self, x: Tensor) -> None:
+        """LSQ's initialisation, 2 mean|x| / sqrt(qmax); PACT begins at the range of the first batch."""
+        if self.policy == "pact":
+            return self._refresh(x)
+        if x.numel() == 0:
+            return None
+        mean = x.detach().float().abs().mean(self._dims(x))
+        if not self.weight and _distributed():
+            dist.all_reduce(mean)
+            mean = mean / dist.get_world_size()
+        scale = 2 * mean / self.spec.qdtype.qmax**0.5
+        self._set(torch.where(scale > 0, scale, 1.0), torch.zeros_like(self.zero_point))
+        return None
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take over a scale and a zero point; quantizers that share the scale have them too.
+
+        Raises:
+            RecipeError: They are of another shape than the quantizer's own.
+        """
+        if scale.shape != self.scale.shape:
+            raise RecipeError(
+                f"{self.tensor} has scales of shape {list(self.scale.shape)}, not {list(scale.shape)}",
+                hint="take them from a graph that was prepared with the same recipe",
+            )
+        self._set(scale, zero_point)
+
+    def solve_weight(self, weight: Tensor) -> None:
+        """Set scale and zero point from a weight's own values, folded with its BatchNorm where there is one.
+
+        Args:
+            weight: The weight as the graph holds it.
+
+        Raises:
+            CalibrationError: The weight is empty, or holds NaN or Inf.
+        """
+        with torch.no_grad():
+            real = weight.detach() if self._folded is None else self._folded.weight(weight.detach())
+            if self.policy == "max":
+                low, high = self._range(real)
+                self.set_parameters(*scale_and_zero_point(low, high, self.spec))
+            else:
+                super().solve_weight(real)
+
+    @torch.no_grad()
+    def begin_weight(self, weight: Tensor) -> None:
+        """Give a weight's scale the value that training starts from where nothing is calibrated."""
+        if self.policy == "learned":
+            self._begin(weight if self._folded is None else self._folded.weight(weight))
+        else:
+            self.solve_weight(weight)
+
+    def settle(self, weight: Tensor | None) -> None:
+        """Make scale and zero point what eval mode computes with, before they are read from outside.
+
+        Args:
+            weight: For a weight's quantizer, the weight as the graph holds it.
+        """
+        if self.policy == "max" and weight is not None:
+            self.solve_weight(weight)
+        elif self._known:
+            self._set(self.effective_scale.detach(), self.zero_point)
+
+    def extra_repr(self) -> str:
+        """Tensor, spec, mode and policy, for printed modules."""
+        return f"{super().extra_repr()}, {self.policy}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return made
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

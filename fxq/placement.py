@@ -1,0 +1,265 @@
+"""Reading a graph's placement: what runs in low precision, through which quantizers, and in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import fx, nn
+
+from .graph import attribute, constant, edge_annotations, origin, state, tensor_info
+from .ops import kind_name
+from .qdq import DEQUANTIZE, QUANTIZE
+from .recipe import QDType, QSpec
+from .verify import is_dequantized, quantizer_of
+
+__all__ = ["EdgeRow", "OpRow", "Totals", "count", "operations"]
+
+_WEIGHTED: Final = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Bilinear,
+)
+_SCALE_BYTES: Final = 4
+
+
+@dataclass(frozen=True)
+class EdgeRow:
+    """One edge that placement decided on.
+
+    Attributes:
+        edge: Argument index, or ``output``.
+        role: ``input``, ``weight``, ``skip`` or ``output``.
+        tensor: The tensor that the edge reads (for ``output``, gives).
+        quantized: Whether it goes through a quantizer.
+        spec: The spec as text; "float" without one.
+        scale: The scale, or the largest of several; None while unknown.
+        channels: How many scales there are; 0 for a float edge.
+        readers: How many operations read the tensor through that quantizer.
+        rule: Id of the rule that decided.
+        reason: Its sentence.
+    """
+
+    edge: int | str
+    role: str
+    tensor: str
+    quantized: bool
+    spec: str
+    scale: float | None
+    channels: int
+    readers: int
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """One operation that placement decided on, or could not.
+
+    Attributes:
+        node: Its node. kind: Its op kind, or the type of a module that is kept whole. module_path: The
+        user's module. source: The user's ``file:line``. weighted: How many convolutions and matrix products
+        it is: 1, 0 for an addition, several for a module that is
+            kept whole.
+        precision: The data types of its edges (``int8``) if all that placement decided on are quantized, else
+            ``float``. For an addition, that of its skip.
+        identity: For an addition with a quantized skip: whether that is no convolution's own result.
+        edges: Its edges.
+    """
+
+    node: str
+    kind: str
+    module_path: str
+    source: str | None
+    weighted: int
+    precision: str
+    identity: bool
+    edges: tuple[EdgeRow, ...]
+
+    @property
+    def low(self) -> bool:
+        """Whether it runs in low precision."""
+        return self.precision != "float"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The report in numbers.
+
+    Attributes:
+        weighted: Convolutions and matrix products in all, those inside modules that are kept whole too.
+        weighted_quantized: How many of them are quantized.
+        residuals: Residual additions in all.
+        skips_quantized: How many of them read their skip quantized.
+        identity_skips_quantized: How many of those skips are no convolution's own result.
+        activation_quantizers: Quantizers of activations.
+        weight_quantizers: Quantizers of weights.
+        float_bytes: Bytes of all parameters and buffers that the graph reads, as the model had them.
+        bytes: The same as they are stored once converted: packed integers, and float32 scales.
+    """
+
+    weighted: int
+    weighted_quantized: int
+    residuals: int
+    skips_quantized: int
+    identity_skips_quantized: int
+    activation_quantizers: int
+    weight_quantizers: int
+    float_bytes: int
+    bytes: int
+
+
+def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
+    """What placement decided on, weighted operations that stay float, and modules kept whole, in order."""
+    held = state(gm)
+    residuals = {note.node for note in held.notes if note.rule == "R23"}
+    for node in gm.graph.nodes:
+        kind, hidden = kind_name(node), _hidden(gm, node)
+        weighted = hidden or int(kind in held.target.ops)
+        edges = tuple(_edges(gm, node, weighted=bool(weighted)))
+        if not (weighted or node.name in residuals or any(e.quantized for e in edges)):
+            continue
+        where, read = origin(node), [e for e in edges if e.role != "output" and e.spec != "float"]
+        decided = [e for e in edges if e.role != "output"]
+        whole = bool(read) and (len(read) == len(decided) or not weighted)
+        skips = [_tensor_of(node.args[e.edge]) for e in read if isinstance(e.edge, int) and e.role == "skip"]
+        yield OpRow(
+            node=node.name,
+            kind=kind,
+            module_path=where.module_path,
+            source=where.source,
+            weighted=weighted,
+            precision="/".join(dict.fromkeys(e.spec.split()[0] for e in read)) if whole else "float",
+            identity=bool(skips) and kind_name(skips[0]) not in held.target.residual.weighted,
+            edges=edges,
+        )
+
+
+def _hidden(gm: fx.GraphModule, node: fx.Node) -> int:
+    """How many weighted operations a module that is kept whole holds."""
+    if node.op != "call_module":
+        return 0
+    module = attribute(gm, str(node.target))
+    inside = sum(isinstance(m, _WEIGHTED) for path, m in module.named_modules() if path)
+    return inside or int(isinstance(module, _WEIGHTED))
+
+
+def _edges(gm: fx.GraphModule, node: fx.Node, *, weighted: bool) -> Iterator[EdgeRow]:
+    for edge, annotation in edge_annotations(node).items():
+        read = node.args[edge] if isinstance(edge, int) else next(iter(node.users), None)
+        if not isinstance(read, fx.Node):
+            continue
+        tensor = _tensor_of(read) if isinstance(edge, int) else node
+        scale = _scale_of(gm, read)
+        known = scale is not None and scale.numel() > 0
+        yield EdgeRow(
+            edge=edge,
+            role=_role(edge, tensor, weighted=weighted),
+            tensor=tensor.name,
+            quantized=scale is not None,
+            spec=str(annotation.spec) if annotation.spec is not None and scale is not None else "float",
+            scale=float(scale.max()) if scale is not None and known else None,
+            channels=_channels(annotation.spec, tensor) if scale is not None else 0,
+            readers=len(read.users) if scale is not None else 0,
+            rule=annotation.rule,
+            reason=annotation.reason,
+        )
+
+
+def _channels(spec: QSpec | None, tensor: fx.Node) -> int:
+    info = tensor_info(tensor)
+    return 1 if spec is None or spec.axis is None or info is None else info.shape[spec.axis]
+
+
+def _role(edge: int | str, tensor: fx.Node, *, weighted: bool) -> str:
+    if edge == "output":
+        return "output"
+    if tensor.op == "get_attr":
+        return "weight"
+    return "input" if weighted else "skip"
+
+
+def _tensor_of(read: Any) -> fx.Node:
+    """The tensor behind a quantizer or behind quantize and dequantize; a float tensor itself."""
+    while quantizer_of(read) is not None or is_dequantized(read) or read.target is QUANTIZE:
+        read = read.args[0]
+    assert isinstance(read, fx.Node)
+    return read
+
+
+def _scale_of(gm: fx.GraphModule, read: fx.Node) -> torch.Tensor | None:
+    """The scale that `read` is quantized with, empty while unknown; None for a float tensor."""
+    quantizer = quantizer_of(read)
+    if quantizer is not None:
+        return quantizer.scale
+    if not is_dequantized(read):
+        return None
+    real = read if read.target is DEQUANTIZE else read.args[0]
+    found = attribute(gm, str(real.args[1].target))  # type: ignore[union-attr]
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def count(gm: fx.GraphModule, rows: Iterable[OpRow]) -> Totals:
+    """The rows of a graph in numbers."""
+    rows = tuple(rows)
+    weighted = [row for row in rows if row.weighted]
+    skips = [row for row in rows if not row.weighted and row.kind == "add"]
+    quantized = [n for n in gm.graph.nodes if quantizer_of(n) is not None or n.target is DEQUANTIZE]
+    weights = [n for n in quantized if _tensor_of(n).op == "get_attr"]
+    before, after = _bytes(gm, weights)
+    return Totals(
+        weighted=sum(row.weighted for row in weighted),
+        weighted_quantized=sum(row.weighted for row in weighted if row.low),
+        residuals=len(skips),
+        skips_quantized=sum(row.low for row in skips),
+        identity_skips_quantized=sum(row.low and row.identity for row in skips),
+        activation_quantizers=len(quantized) - len(weights),
+        weight_quantizers=len(weights),
+        float_bytes=before,
+        bytes=after,
+    )
+
+
+def _bytes(gm: fx.GraphModule, weights: Iterable[fx.Node]) -> tuple[int, int]:
+    """Bytes of all that is stored and read, as float, and with the quantized weights as integers."""
+    before = after = 0
+    low = {str(_tensor_of(node).target): node for node in weights}
+    for node in gm.graph.nodes:
+        tensor = constant(node)
+        if tensor is None or str(node.target) in low or _only_scales(node):
+            continue
+        before, after = before + tensor.nbytes, after + tensor.nbytes
+    for node in low.values():
+        info = tensor_info(node)
+        elements = math.prod(info.shape) if info is not None else 0
+        before += elements * (info.dtype.itemsize if info is not None else 0)
+        spec = _spec_of(node)
+        after += math.ceil(elements * _bits(spec.qdtype) / 8)
+        after += _SCALE_BYTES * (1 if spec.axis is None or info is None else info.shape[spec.axis])
+    leaves = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and quantizer_of(n) is None}
+    whole = sum(t.nbytes for path in leaves for t in attribute(gm, path).state_dict().values())
+    return before + whole, after + whole
+
+
+def _only_scales(node: fx.Node) -> bool:
+    return all(user.target in (QUANTIZE, DEQUANTIZE) for user in node.users)
+
+
+def _spec_of(quantized: fx.Node) -> QSpec:
+    """The spec by which a quantized weight is read."""
+    return next(
+        annotation.spec
+        for user in quantized.users
+        for edge, annotation in edge_annotations(user).items()
+        if isinstance(edge, int) and user.args[edge] is quantized and annotation.spec is not None
+    )
+
+
+def _bits(dtype: QDType) -> int:
+    return dtype.storage.itemsize * 8 if dtype.floating else int(dtype.qmax - dtype.qmin).bit_length()

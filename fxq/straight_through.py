@@ -1,0 +1,275 @@
+"""Fake quantization that trains: symmetric quantize and dequantize with straight-through gradients.
+
+Forward is what :func:`fxq.qdq.fake_quantize` computes, bit for bit. Backward regards rounding as the identity
+(Bengio et al., 2013) and is 0 for what was clipped (Jacob et al., 2018). The scale's gradient is one of
+:class:`ScaleGradient`.
+
+A training step has time for few passes over memory, so each kind of device goes its own way: on a CPU the arithmetic
+runs over pieces that stay in a core's cache, on a GPU it is one Triton kernel each way where Triton is installed, and
+under torch.compile it is plain arithmetic for the compiler to fuse. None of them waits for the device or keeps more
+than tensors that autograd holds anyway.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib.util
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .recipe import QDType
+
+__all__ = ["ScaleGradient", "fake_quantize", "fake_quantize_weight"]
+
+_PIECE: Final = 1 << 17
+"""Elements of a piece: 512 KiB of float32, so that input and output fit a core's second-level cache."""
+
+
+class ScaleGradient(enum.Enum):
+    """What the scale of a fake quantizer learns from.
+
+    Attributes:
+        NONE: Nothing: it is set from outside.
+        LSQ: The quantization error inside the range and the range's end outside it (Esser et al., 2020, equation 3).
+        PACT: The range's end outside it alone (Choi et al., 2018, equation 4, in terms of the scale).
+    """
+
+    NONE = "none"
+    LSQ = "lsq"
+    PACT = "pact"
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    dtype: QDType,
+    *,
+    gradient: ScaleGradient = ScaleGradient.NONE,
+    gradient_scale: float = 1.0,
+) -> Tensor:
+    """Quantize and dequantize a tensor over one scale.
+
+    Args:
+        x: Float, any shape.
+        scale: Positive float32, [], on x's device.
+        dtype: An integer type; the zero point is 0.
+        gradient: What the scale's gradient is.
+        gradient_scale: What the scale's gradient is multiplied by.
+
+    Returns:
+        ``clamp(round(x / scale), qmin, qmax) * scale`` in x's shape and dtype.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(x, scale, dtype, gradient, gradient_scale)
+    learns = gradient is not ScaleGradient.NONE
+    result: Tensor = _PerTensor.apply(  # type: ignore[no-untyped-call]
+        x, scale if learns else scale.detach(), dtype, gradient, gradient_scale
+    )
+    return result
+
+
+def fake_quantize_weight(
+    weight: Tensor,
+    scale: Tensor,
+    dtype: QDType,
+    *,
+    factor: Tensor | None = None,
+    gradient: ScaleGradient = ScaleGradient.NONE,
+    gradient_scale: float = 1.0,
+) -> Tensor:
+    """Quantize and dequantize a weight, over its values or over those that a BatchNorm behind it gives it.
+
+    With a factor, the weight is quantized as the folded weight ``weight * factor`` and divided by the factor again, so
+    that the BatchNorm can follow (Jacob et al., 2018, section 3.2; the division is torch.ao's, done on the weight
+    instead of the layer's output). Where the factor is 0, which no division undoes, the weight passes as it is.
+
+    Args:
+        weight: Float, any shape.
+        scale: Positive float32 that broadcasts over the weight.
+        dtype: An integer type; the zero point is 0.
+        factor: Float32 that broadcasts over the weight, or None for 1. It gets no gradient: under the straight-through
+            estimate it cancels.
+        gradient: What the scale's gradient is.
+        gradient_scale: What the scale's gradient is multiplied by.
+    """
+    learns = gradient is not ScaleGradient.NONE
+    if torch.compiler.is_compiling():
+        if factor is None:
+            return _traced(weight, scale, dtype, gradient, gradient_scale)
+        held = _traced(weight * factor, scale, dtype, gradient, gradient_scale)
+        return torch.where(factor == 0, weight, held / torch.where(factor == 0, 1.0, factor))
+    result: Tensor = _Broadcast.apply(  # type: ignore[no-untyped-call]
+        weight, scale if learns else scale.detach(), factor, dtype, gradient, gradient_scale
+    )
+    return result
+
+
+def _traced(x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float) -> Tensor:
+    """Fake quantization in operations whose own gradients are the wanted ones, over any scale that broadcasts."""
+    held = scale.detach()
+    if gradient is not ScaleGradient.NONE:
+        held = scale * gradient_scale + (scale - scale * gradient_scale).detach()
+    inner = held.detach() if gradient is ScaleGradient.PACT else held
+    steps = x.float() / inner
+    steps = steps + (steps.round() - steps).detach()
+    real = steps.clamp(dtype.qmin, dtype.qmax) * inner
+    if gradient is ScaleGradient.PACT:
+        real = torch.where(steps > dtype.qmax, dtype.qmax * held, torch.where(steps < dtype.qmin, dtype.qmin * held, real))
+    return real.to(x.dtype)
+
+
+class _PerTensor(torch.autograd.Function):
+    """One scale for the whole tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float
+    ) -> Tensor:
+        if x.is_cuda and (kernels := _kernels()) is not None:
+            y: Tensor = kernels.forward(x, scale, dtype.qmin, dtype.qmax)
+        elif x.is_cpu:
+            y = _pieces_forward(x, scale, dtype)
+        else:
+            y = _quantized(x, scale, dtype).mul_(scale).to(x.dtype)
+        ctx.save_for_backward(x, scale)
+        ctx.how = dtype, gradient, gradient_scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        dtype, gradient, gradient_scale = ctx.how
+        if not ctx.needs_input_grad[1]:
+            gradient = ScaleGradient.NONE
+        if x.is_cuda and (kernels := _kernels()) is not None:
+            to_x, to_scale = kernels.backward(grad, x, scale, dtype.qmin, dtype.qmax, gradient.value)
+        elif x.is_cpu:
+            to_x, to_scale = _pieces_backward(grad, x, scale, dtype, gradient)
+        else:
+            to_x, to_scale = _plain_backward(grad, x, scale, dtype, gradient)
+        return to_x, None if to_scale is None else (to_scale * gradient_scale).reshape(scale.shape), None, None, None
+
+
+def _quantized(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
+    """The integers in a fresh float tensor."""
+    steps = x.float() / scale
+    # Adding 0 turns -0.0, which integers do not have, into 0.0.
+    return steps.round_().add_(0.0).clamp_(dtype.qmin, dtype.qmax)
+
+
+def _dense(x: Tensor) -> Tensor | None:
+    """x's elements in memory order, as a view; None where they have gaps."""
+    if x.is_contiguous():
+        return x.view(-1)
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    arranged = x.permute(order)
+    return arranged.view(-1) if arranged.is_contiguous() else None
+
+
+def _pieces_forward(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
+    """Forward on a CPU, piece by piece; a fresh tensor of x's strides."""
+    source = _dense(x)
+    if source is None or x.dtype is not torch.float32:
+        return _quantized(x, scale, dtype).mul_(scale).to(x.dtype)
+    y = torch.empty_like(x)
+    out = _dense(y)
+    assert out is not None
+    for piece, into in zip(source.split(_PIECE), out.split(_PIECE), strict=True):
+        torch.div(piece, scale, out=into)
+        into.round_().add_(0.0).clamp_(dtype.qmin, dtype.qmax).mul_(scale)
+    return y
+
+
+def _bounds(scale: Tensor, dtype: QDType) -> tuple[float, float]:
+    """The values strictly between which nothing is clipped: half a step beyond the range's ends.
+
+    Half to even rounds qmin - 0.5 (qmin is even or 0) into the range and qmax + 0.5 (qmax is odd) out of it.
+    """
+    step = float(scale)
+    low = (dtype.qmin - 0.5) * step
+    return low - abs(low) * 1e-7, (dtype.qmax + 0.5) * step
+
+
+def _pieces_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient
+) -> tuple[Tensor, Tensor | None]:
+    low, high = _bounds(scale, dtype)
+    if gradient is ScaleGradient.NONE:
+        return torch.ops.aten.hardtanh_backward(grad, x, low, high), None
+    flat = _dense(x)
+    if flat is None or grad.stride() != x.stride() or x.dtype is not torch.float32 or grad.dtype is not x.dtype:
+        return _plain_backward(grad, x, scale, dtype, gradient)
+    to_x = torch.empty_like(x)
+    pieces = zip(*(_dense(t).split(_PIECE) for t in (grad, x, to_x)), strict=True)  # type: ignore[union-attr]
+    total = torch.zeros((), dtype=torch.float64)
+    for g, piece, into in pieces:
+        torch.ops.aten.hardtanh_backward.grad_input(g, piece, low, high, grad_input=into)
+        held = torch.div(piece, scale).round_().clamp_(dtype.qmin, dtype.qmax)
+        total += torch.dot(g - into, held)
+        if gradient is ScaleGradient.LSQ:
+            total += torch.dot(into, held.sub_(piece / scale))
+    return to_x, total.to(scale.dtype)
+
+
+def _plain_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient
+) -> tuple[Tensor, Tensor | None]:
+    """Backward in plain operations, over any scale that broadcasts; the scale's part has the scale's shape."""
+    steps = x.float() / scale
+    rounded = steps.round()
+    inside = (rounded >= dtype.qmin) & (rounded <= dtype.qmax)
+    to_x = grad * inside
+    if gradient is ScaleGradient.NONE:
+        return to_x, None
+    wide = grad.float()
+    ends = rounded.clamp(dtype.qmin, dtype.qmax)
+    within = ends - steps if gradient is ScaleGradient.LSQ else 0.0
+    return to_x, (wide * torch.where(inside, within, ends)).sum_to_size(scale.shape)
+
+
+class _Broadcast(torch.autograd.Function):
+    """Any scale that broadcasts, and the fold of a BatchNorm; for tensors as small as weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        factor: Tensor | None,
+        dtype: QDType,
+        gradient: ScaleGradient,
+        gradient_scale: float,
+    ) -> Tensor:
+        folded = weight if factor is None else weight * factor
+        ctx.how = dtype, gradient, gradient_scale
+        ctx.save_for_backward(folded, scale, factor)
+        held = _quantized(folded, scale, dtype).mul_(scale)
+        if factor is not None:
+            dead = factor == 0
+            held = torch.where(dead, weight, held.div_(factor.masked_fill(dead, 1.0)))
+        return held.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        folded, scale, factor = ctx.saved_tensors
+        dtype, gradient, gradient_scale = ctx.how
+        if not ctx.needs_input_grad[1]:
+            gradient = ScaleGradient.NONE
+        to_weight, to_scale = _plain_backward(grad, folded, scale, dtype, ScaleGradient.NONE)
+        if gradient is not ScaleGradient.NONE:
+            undone = grad if factor is None else torch.where(factor == 0, 0.0, grad / factor)
+            to_scale = _plain_backward(undone, folded, scale, dtype, gradient)[1]
+        return to_weight, None if to_scale is None else to_scale * gradient_scale, None, None, None, None
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The room with the Triton kernels; None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import triton_kernels
+
+    return triton_kernels
