@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -29,10 +30,24 @@ __all__ = ["Source", "run_exporter"]
 _FAILURES: Final = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 """What torch.export and the exporter raise; they have no common root of their own."""
 
+_POOLS: Final[Mapping[Any, int]] = {
+    F.adaptive_avg_pool1d: 1,
+    F.adaptive_avg_pool2d: 2,
+    F.adaptive_avg_pool3d: 3,
+}
+"""Spatial dimensions of the adaptive average pools."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported, and how."""
+    """What is exported, and how.
+
+    Attributes:
+        gm: The graph; it is not changed.
+        examples: Its example inputs.
+        dims: For each input tensor, ``{dimension: torch.export.Dim}``.
+        opset: The ONNX opset.
+    """
 
     gm: fx.GraphModule
     examples: Examples
@@ -54,6 +69,7 @@ def _flat_copy(gm: fx.GraphModule, until: fx.Node | None = None) -> fx.GraphModu
             break
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].kwargs = {k: _on_cpu(v) for k, v in copies[node].kwargs.items()}
+        _spell_global_pool(copies[node])
         carry_name(copies[node], node.name)
         if node is until:
             break
@@ -62,6 +78,19 @@ def _flat_copy(gm: fx.GraphModule, until: fx.Node | None = None) -> fx.GraphModu
     moved: dict[int, Any] = {}
     root = {str(n.target): _moved(gm, n, moved) for n in graph.nodes if n.op in ("get_attr", "call_module")}
     return fx.GraphModule(root, graph).eval()
+
+
+def _spell_global_pool(node: fx.Node) -> None:
+    """Spell an adaptive average pool to size 1 as the mean that it is.
+
+    PyTorch's own decomposition restores channels-last strides with as_strided, which becomes Range and Gather
+    in ONNX wherever the input was permuted.
+    """
+    spatial = _POOLS.get(node.target) if node.op == "call_function" else None
+    size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+    if spatial is not None and size in (1, (1,) * spatial, [1] * spatial):
+        node.target, node.args = torch.mean, node.args[:1]
+        node.kwargs = {"dim": tuple(range(-spatial, 0)), "keepdim": True}
 
 
 def _moved(gm: fx.GraphModule, node: fx.Node, moved: dict[int, Any]) -> Any:
@@ -76,6 +105,11 @@ def _on_cpu(value: Any) -> Any:
 
 
 def run_exporter(source: Source) -> ONNXProgram:
+    """Take a graph through torch.export and torch's ONNX exporter, each once, without optimization.
+
+    Raises:
+        ExportError: One of them stopped; the message names the first node with which it does.
+    """
     try:
         program = _capture(source, _flat_copy(source.gm))
     except _FAILURES as error:

@@ -103,13 +103,14 @@ class _Comparer(fx.Interpreter):
 
     def _tensors(self, node: fx.Node, result: Any) -> Iterator[tuple[str, Tensor]]:
         """A node's tensors that the file has, with their ONNX names."""
-        whole = isinstance(result, Tensor)
-        for index, tensor in enumerate(
-            [result] if whole else result if isinstance(result, tuple | list) else []
-        ):
-            name = self.values.get(node.name if whole else f"{node.name}__{index}")
-            if name is not None and isinstance(tensor, Tensor):
-                yield name, tensor
+        if isinstance(result, Tensor):
+            named = {node.name: result}
+        else:
+            items = result if isinstance(result, tuple | list) else ()
+            named = {f"{node.name}__{index}": item for index, item in enumerate(items)}
+        for wanted, tensor in named.items():
+            if wanted in self.values and isinstance(tensor, Tensor):
+                yield self.values[wanted], tensor
 
     def _given(self, nodes: Iterable[fx.Node]) -> dict[str, Tensor]:
         """PyTorch's tensors for `nodes`; for one that the file lacks, those it was computed from."""

@@ -17,7 +17,13 @@ __all__ = ["Examples", "output_names", "placeholder_values", "to_cpu"]
 
 @dataclass(frozen=True)
 class Examples:
-    """A value for each placeholder, flattened: tensors and constants, with the names of the tensors."""
+    """A value for each placeholder, flattened.
+
+    Attributes:
+        leaves: Tensors on the CPU, and constants.
+        structure: How they nest.
+        names: A name for each tensor.
+    """
 
     leaves: tuple[Any, ...]
     structure: pytree.TreeSpec
@@ -31,6 +37,17 @@ class Examples:
         kwargs: Mapping[str, Any],
         wanted: Sequence[str] | None,
     ) -> Examples:
+        """The example inputs of a graph.
+
+        Args:
+            gm: The graph.
+            args: Positional inputs.
+            kwargs: Inputs by name.
+            wanted: Names that the user asked for; None for parameter names and the path in nested inputs.
+
+        Raises:
+            ExportError: The inputs do not fit the graph, or the names do not fit the inputs.
+        """
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         values = placeholder_values(gm, args, kwargs)
         leaves, structure = pytree.tree_flatten(tuple(to_cpu(value) for value in values))
@@ -42,14 +59,17 @@ class Examples:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """The leaves that are tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Examples:
+        """The same with other tensors."""
         rest = iter(tensors)
         leaves = tuple(next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves)
         return Examples(leaves, self.structure, self.names)
 
     def arguments(self) -> tuple[Any, ...]:
+        """One argument for each placeholder."""
         found: tuple[Any, ...] = pytree.tree_unflatten(self.leaves, self.structure)
         return found
 

@@ -109,7 +109,7 @@ def _exported_step(node: ir.Node) -> str:
 
 
 def _result_names(program: torch.export.ExportedProgram, gm: fx.GraphModule) -> dict[str, str]:
-    """Names for the values of FX nodes, by the exported program's: ``split``, ``split__0`` for one of several."""
+    """Names for FX nodes' values, by the exported program's: ``split``, ``split__0`` for one of several."""
     several = {str(n.args[0]) for n in gm.graph.nodes if _is_item(n) and isinstance(n.args[1], int)}
     last = {carried_name(n): n for n in program.graph.nodes if carried_name(n) and not _is_item(n)}
     names = {}

@@ -122,14 +122,50 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def counted(run: object) -> str:
+    """The share of the elements that went into histograms."""
+    if not isinstance(run, fx.GraphModule):
+        return "-"
+    found = [q.observer for q in quantizers(run).values() if isinstance(q.observer, Histogram)]
+    for observer in found:
+        observer.flush()
+    seen = sum(int(observer.elements) for observer in found)
+    return f"{sum(int(observer.counts.sum()) for observer in found) / seen:.1%}" if seen else "-"
+
+
+def forward_table(variants: list[Variant]) -> str:
+    """Each variant's median batch beside the first one's."""
+    base = statistics.median(variants[0].seconds)
+    lines = ["| collects | of a plain forward | ms per batch | counted |", "|---|---|---|---|"]
+    for variant in variants:
+        median = statistics.median(variant.seconds)
+        lines.append(
+            f"| {variant.name} | {median / base:.3f} | {median * 1e3:.1f} | {counted(variant.run)} |"
+        )
+    return "\n".join(lines)
+
+
+def solve_table(graphs: dict[str, fx.GraphModule], base: float) -> str:
+    """The least of three solves of all tensors by each method, weights by their own values included."""
+    lines = ["| solves, all tensors | of a plain forward | ms |", "|---|---|---|"]
+    for collected, methods in COLLECTED.items():
+        for method in methods:
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                solve(graphs[collected], method)
+                seconds.append(time.perf_counter() - start)
+            lines.append(f"| {method} | {min(seconds) / base:.3f} | {min(seconds) * 1e3:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = options()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = (
-        torchvision_models().get_model(args.model, weights=None).eval().to(args.device, memory_format=layout)
-    )
+    model = torchvision_models().get_model(args.model, weights=None).eval()
+    model = model.to(args.device, memory_format=layout)
     images = synthetic(args.batch * args.batches, (3, 224, 224), seed=1)
     batches = [b.to(args.device).contiguous(memory_format=layout) for b in images.split(args.batch)]
     graphs = {method: prepared(model, batches[0], method) for method in COLLECTED}
@@ -146,40 +182,16 @@ def main() -> None:
                     variant.time(batch)
 
     base = statistics.median(variants[0].seconds)
+    count = sum(not q.weight for q in quantizers(graphs["max"]).values())
     read = bytes_observed(graphs["max"], batches[0]) / 1e6
-    count = len([q for q in quantizers(graphs["max"]).values() if not q.weight])
-    print(
-        f"{args.model}, batch {args.batch}, {args.device}, {args.threads} threads: {count} tensors, {read:.0f} MB observed"
-    )
-    print("\n| collects | of a plain forward | ms per batch | counted |\n|---|---|---|---|")
-    for variant in variants:
-        counted = "-"
-        if isinstance(variant.run, fx.GraphModule):
-            found = [
-                q.observer for q in quantizers(variant.run).values() if isinstance(q.observer, Histogram)
-            ]
-            if found:
-                counted = (
-                    f"{sum(int(o.counts.sum()) for o in found) / sum(int(o.elements) for o in found):.1%}"
-                )
-        median = statistics.median(variant.seconds)
-        print(f"| {variant.name} | {median / base:.3f} | {median * 1e3:.1f} | {counted} |")
-
-    print("\n| solves, all tensors | of a plain forward | ms |\n|---|---|---|")
-    for collected, methods in COLLECTED.items():
-        for method in methods:
-            seconds = []
-            for _ in range(3):
-                start = time.perf_counter()
-                solve(graphs[collected], method)
-                seconds.append(time.perf_counter() - start)
-            print(f"| {method} | {min(seconds) / base:.3f} | {min(seconds) * 1e3:.0f} |")
-
+    print(f"{args.model}, batch {args.batch}, {args.device}, {args.threads} threads")
+    print(f"{count} tensors, {read:.0f} MB a batch are observed\n")
+    print(f"{forward_table(variants)}\n\n{solve_table(graphs, base)}\n")
     start = time.perf_counter()
     calibrate(graphs["entropy"], batches, progress=False)
     whole = time.perf_counter() - start
     print(
-        f"\nfxq.calibrate by entropy, whole call: {whole / (base * len(batches)):.3f} of the plain forwards"
+        f"fxq.calibrate by entropy, the whole call: {whole / (base * len(batches)):.3f} of the plain forwards"
     )
 
 

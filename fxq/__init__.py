@@ -6,10 +6,11 @@ backends.
 
 from __future__ import annotations
 
-from . import passes
+from . import passes, qat
+from .editor import Editor
 from .errors import FxqError
-from .flow import build, calibrate, convert, export, lint, prepare, quantize, report, trace
-from .graph import Annotation, Editor
+from .flow import build, calibrate, convert, export, lint, prepare, prepare_qat, quantize, report, trace
+from .graph import Annotation
 from .manager import PassManager, Pipeline
 from .passbase import Pass, PassResult
 from .printer import format_graph
@@ -42,6 +43,8 @@ __all__ = [
     "lint",
     "passes",
     "prepare",
+    "prepare_qat",
+    "qat",
     "quantize",
     "report",
     "trace",

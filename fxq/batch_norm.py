@@ -8,7 +8,6 @@ with ``quantize(s W)`` and the folded bias, and BatchNorm passes on what it gets
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -6,7 +6,6 @@ same call and converted by the same pass. What moves its scale is a :class:`Scal
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -21,15 +20,13 @@ from .errors import RecipeError
 from .folding import along_outputs, fold_weight
 from .qparams import scale_and_zero_point, unchecked_scale_and_zero_point
 from .quantizer import Mode, Quantizer
-from .straight_through import ScaleGradient
+from .straight_through import SMALLEST_SCALE, ScaleGradient
 
 __all__ = ["POLICIES", "FakeQuantizer", "FoldedInto", "ScalePolicy"]
 
 ACTIVATIONS: Final = ("fixed", "moving-average", "learned", "pact")
 WEIGHTS: Final = ("fixed", "max", "learned")
 _GRADIENTS: Final = {"learned": ScaleGradient.LSQ, "pact": ScaleGradient.PACT}
-_SMALLEST: Final = 2.0**-100
-"""What a learned scale counts as when an optimizer drove it to zero or below."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +195,12 @@ class FakeQuantizer(Quantizer):
             member._take_shared()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, unknown in (("scale", torch.nan), ("zero_point", 0)):
+            found = state_dict.get(prefix + name)
+            if isinstance(found, Tensor) and found.numel() == 0:  # a quantizer that was never calibrated
+                state_dict[prefix + name] = torch.full_like(getattr(self, name).detach(), unknown)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._known = not bool(self.scale.isnan().any())
         for member in self._members:
             member._take_shared()
@@ -214,8 +215,7 @@ class FakeQuantizer(Quantizer):
         """
         if self._folded is not None:
             return self._forward_folded(x, self._folded)
-        if self.training and self.observing:
-            self._follow(x)
+        self._follow(x)
         if self.mode is Mode.QUANTIZE:
             return self._fake_quantize(x)
         if self.mode is Mode.OBSERVE and self.observer is not None:
@@ -227,29 +227,25 @@ class FakeQuantizer(Quantizer):
             real = folded.weight(weight)
             if self.mode is not Mode.QUANTIZE:
                 return real
-            if self.training and self.observing:
-                self._follow(real)
+            self._follow(real)
             return self._fake_quantize(real)
-        factor = folded.factor(weight)
-        if self.observing and (self.policy == "max" or not self._known):
-            self._follow(weight.detach() * factor)
         if self.mode is not Mode.QUANTIZE:
             return weight
+        factor = folded.factor(weight)
+        if self.policy == "max":
+            self._follow(weight.detach() * factor)
         if not self._fast:
             real = self._exact(weight * factor)
             return torch.where(factor == 0, weight, real / torch.where(factor == 0, 1.0, factor))
         self._require_solved()
-        return straight_through.fake_quantize_weight(
-            weight, self._spread(self.effective_scale, weight), self.spec.qdtype, factor=factor, **self._learning(weight)
-        )
+        scale, how = self._spread(self._training_scale, weight), self._learning(weight)
+        return straight_through.fake_quantize_weight(weight, scale, self.spec.qdtype, factor=factor, **how)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
-        if self.policy == "max" and not (self.training and self.observing):
-            self._refresh(x)
         self._require_solved()
         if not self.training or not self._fast:
             return self._exact(x)
-        scale, how = self.effective_scale, self._learning(x)
+        scale, how = self._training_scale, self._learning(x)
         if self.axis is None:
             return straight_through.fake_quantize(x, scale, self.spec.qdtype, **how)
         return straight_through.fake_quantize_weight(x, self._spread(scale, x), self.spec.qdtype, **how)
@@ -265,10 +261,13 @@ class FakeQuantizer(Quantizer):
 
     @property
     def effective_scale(self) -> Tensor:
-        """The scale that is computed with: a learned one is kept above 0."""
-        if not self.learns:
-            return self.scale.clone() if self.training else self.scale
-        return self.scale + (self.scale.clamp(min=_SMALLEST) - self.scale).detach()
+        """The scale that eval mode computes with: a learned one counts as positive wherever an optimizer drove it."""
+        return self.scale.detach().clamp(min=SMALLEST_SCALE) if self.learns else self.scale
+
+    @property
+    def _training_scale(self) -> Tensor:
+        """The scale as a step's backward may keep it: not the tensor that the next forward changes in place."""
+        return self.scale.clone() if self.policy in ("moving-average", "max") else self.scale
 
     def _spread(self, scale: Tensor, x: Tensor) -> Tensor:
         if self.axis is None:
@@ -294,12 +293,12 @@ class FakeQuantizer(Quantizer):
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
-        """Let a step's tensor move the scale, as the policy says."""
-        if self.policy == "max":
+        """Let a step's tensor move the scale, as the policy says; in eval mode only ``max`` does."""
+        if self.policy == "max" and self.observing:
             self._refresh(x)
-        elif self.policy == "moving-average":
+        elif self.policy == "moving-average" and self.observing and self.training:
             self._average(x)
-        elif self.learns and not self._known:
+        elif self.learns and self.training and not self._known:
             self._begin(x)
 
     def _dims(self, x: Tensor) -> list[int]:
@@ -403,20 +402,14 @@ class FakeQuantizer(Quantizer):
         Args:
             weight: For a weight's quantizer, the weight as the graph holds it.
         """
-        if self.policy == "max" and weight is not None:
+        if self.policy == "max" and self.observing and weight is not None:
             self.solve_weight(weight)
-        elif self._known:
-            self._set(self.effective_scale.detach(), self.zero_point)
+        elif self.learns and self._known:
+            self._set(self.effective_scale, self.zero_point)
 
     def extra_repr(self) -> str:
         """Tensor, spec, mode and policy, for printed modules."""
         return f"{super().extra_repr()}, {self.policy}"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        made = self.__class__.__new__(self.__class__)
-        memo[id(self)] = made
-        made.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
-        return made
 
 
 def _distributed() -> bool:

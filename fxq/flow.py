@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
 
 from . import calibration
-from .errors import CalibrationError, ConvertError, ExportError
+from .errors import CalibrationError, ConvertError, ExportError, RecipeError
+from .fake_quantizers import POLICIES, ScalePolicy
 from .graph import state, update_state
 from .manager import PassManager, Pipeline
-from .passes import CONVERT, PREPARE
+from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
 from .recipe import Recipe
 from .reports import Report, build_report
 from .target import Target
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .backends.trt_engine import Engine
     from .rules import Findings
 
-__all__ = ["build", "calibrate", "convert", "export", "lint", "prepare", "quantize", "report", "trace"]
+__all__ = ["build", "calibrate", "convert", "export", "lint", "prepare", "prepare_qat", "quantize", "report", "trace"]
 
 DynamicShapes = str | Mapping[str, Mapping[int, str | tuple[int, int]]] | None
 
@@ -108,6 +109,69 @@ def prepare(
     gm = PassManager().run(chosen, gm, inplace=True)
     _remember(gm, prepare=str(chosen))
     return gm
+
+
+def prepare_qat(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    target: str | Path | Target = "tensorrt",
+    scales: str | ScalePolicy = "fixed",
+    batch_norm: Literal["train", "fold"] = "train",
+    pipeline: Pipeline | None = None,
+    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
+    """:func:`prepare` for training: fake quantizers in the same places, under the same names and keys.
+
+    Args:
+        model: The float model; not changed. Parameters that need no gradient in it need none in the result.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
+        example_kwargs: More inputs by name.
+        recipe: Rules that change the target's placement; None for none.
+        target: ``"tensorrt"`` (default), a target file, or a Target.
+        scales: What moves the scales: a name in :data:`fxq.qat.POLICIES` or a :class:`fxq.qat.ScalePolicy`.
+            ``"fixed"`` (default) needs :func:`calibrate` or :func:`fxq.qat.load_scales` before training; the others
+            begin by themselves, and better after either.
+        batch_norm: ``"train"`` (default) keeps BatchNorm trainable while weights are quantized as folded;
+            ``"fold"`` folds it first, as :func:`prepare` does.
+        pipeline: What to run instead of :data:`fxq.passes.PREPARE_QAT`; `scales` and `batch_norm` are its matter then.
+        leaf_modules: Module types or paths that stay whole, and float.
+        concrete_args: Parameters of forward fixed to a value.
+
+    Returns:
+        A GraphModule in training mode. :func:`calibrate`, :func:`convert` and :func:`export` take it.
+
+    Raises:
+        TraceError: Tracing stopped.
+        RecipeError: A rule matches nothing or asks for what cannot be; or there is no such scale policy.
+    """
+    if isinstance(scales, str) and scales not in POLICIES:
+        raise RecipeError(f"no scale policy is called {scales!r}", hint=f"use one of {', '.join(POLICIES)}")
+    if batch_norm not in ("train", "fold"):
+        raise RecipeError(f"batch_norm is {batch_norm!r}", hint='use "train" or "fold"')
+    gm = trace(
+        model,
+        example_inputs,
+        example_kwargs=example_kwargs,
+        target=target,
+        recipe=recipe,
+        leaf_modules=leaf_modules,
+        concrete_args=concrete_args,
+    )
+    policy = POLICIES[scales] if isinstance(scales, str) else scales
+    chosen = pipeline or PREPARE_QAT.replace("restore-training", RestoreTraining(policy))
+    if batch_norm == "fold" and pipeline is None:
+        chosen = chosen.before("set-aside-training", FuseBatchNorm())
+    gm = PassManager().run(chosen, gm, inplace=True)
+    wanted = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in gm.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(wanted.get(name, True))
+    _remember(gm, prepare=str(chosen))
+    return gm.train()
 
 
 def calibrate(

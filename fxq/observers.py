@@ -132,7 +132,10 @@ class Observer(FlexibleState):
     def _fit(self, x: Tensor) -> None:
         """Put the buffers on x's device and, per channel, give them as many rows as x has."""
         if x.device != self.amin.device:
-            self.to(x.device)
+            with torch.inference_mode(
+                mode=False
+            ):  # buffers outlive the inference mode that calibration runs in
+                self.to(x.device)
         if self.axis is None:
             return
         count = x.shape[self.axis]
@@ -146,7 +149,7 @@ class Observer(FlexibleState):
 
     def _resize(self, channels: int) -> None:
         """Make room for `channels` ranges where there are none yet."""
-        with torch.inference_mode(mode=False):  # buffers outlive the inference mode that calibration runs in
+        with torch.inference_mode(mode=False):  # as above
             for name, buffer in self._buffers.items():
                 if buffer is not None and 0 in buffer.shape:
                     shape = [d or channels for d in buffer.shape]
@@ -286,12 +289,9 @@ class MovingAverage(Observer):
         super()._fold(rows)
         count = rows.shape[1]
         keep = 1 - self.momentum
-        weights = torch.tensor(
-            [self.momentum * keep**age for age in reversed(range(count))], dtype=torch.float64
-        )
-        self._append(
-            torch.einsum("kn...,n->k...", rows.double(), weights.to(rows.device)), rows[:, 0], keep**count
-        )
+        age = torch.arange(count - 1, -1, -1, dtype=torch.float64, device=rows.device)
+        total = torch.einsum("kn...,n->k...", rows.double(), self.momentum * keep**age)
+        self._append(total, rows[:, 0], keep**count)
 
     def _append(self, total: Tensor, first: Tensor, decay: float | Tensor) -> None:
         self.total.mul_(decay).add_(total)

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from .editor import Editor
 from .errors import FxqError, PassError
-from .graph import Editor, Note, state, update_state
+from .graph import Note, state, update_state
 
 __all__ = ["Numeric", "Pass", "PassResult", "providers"]
 
@@ -53,7 +54,7 @@ class Pass(ABC):
 
     Example:
         >>> import torch
-        >>> from fxq.graph import Editor
+        >>> from fxq.editor import Editor
         >>> @dataclass(frozen=True)
         ... class TanhToSigmoid(Pass):
         ...     name = "tanh-to-sigmoid"

@@ -22,10 +22,16 @@ from torch import Tensor
 
 from .recipe import QDType
 
-__all__ = ["ScaleGradient", "fake_quantize", "fake_quantize_weight"]
+__all__ = ["SMALLEST_SCALE", "ScaleGradient", "fake_quantize", "fake_quantize_weight"]
 
+SMALLEST_SCALE: Final = 2.0**-100
+"""What a learned scale counts as where an optimizer drove it below; its gradient is as if it were not."""
 _PIECE: Final = 1 << 17
 """Elements of a piece: 512 KiB of float32, so that input and output fit a core's second-level cache."""
+
+
+_HALF: Final = 0.5000001
+"""Half to even rounds qmin - 0.5 (qmin is even or 0) into the range, and qmax + 0.5 (qmax is odd) out of it."""
 
 
 class ScaleGradient(enum.Enum):
@@ -101,7 +107,7 @@ def fake_quantize_weight(
             return _traced(weight, scale, dtype, gradient, gradient_scale)
         held = _traced(weight * factor, scale, dtype, gradient, gradient_scale)
         return torch.where(factor == 0, weight, held / torch.where(factor == 0, 1.0, factor))
-    result: Tensor = _Broadcast.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
         weight, scale if learns else scale.detach(), factor, dtype, gradient, gradient_scale
     )
     return result
@@ -111,7 +117,7 @@ def _traced(x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gr
     """Fake quantization in operations whose own gradients are the wanted ones, over any scale that broadcasts."""
     held = scale.detach()
     if gradient is not ScaleGradient.NONE:
-        held = scale * gradient_scale + (scale - scale * gradient_scale).detach()
+        held = scale * gradient_scale + (scale.clamp(min=SMALLEST_SCALE) - scale * gradient_scale).detach()
     inner = held.detach() if gradient is ScaleGradient.PACT else held
     steps = x.float() / inner
     steps = steps + (steps.round() - steps).detach()
@@ -128,6 +134,8 @@ class _PerTensor(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float
     ) -> Tensor:
+        if gradient is not ScaleGradient.NONE:
+            scale = scale.clamp(min=SMALLEST_SCALE)
         if x.is_cuda and (kernels := _kernels()) is not None:
             y: Tensor = kernels.forward(x, scale, dtype.qmin, dtype.qmax)
         elif x.is_cpu:
@@ -156,8 +164,7 @@ class _PerTensor(torch.autograd.Function):
 def _quantized(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
     """The integers in a fresh float tensor."""
     steps = x.float() / scale
-    # Adding 0 turns -0.0, which integers do not have, into 0.0.
-    return steps.round_().add_(0.0).clamp_(dtype.qmin, dtype.qmax)
+    return steps.round_().clamp_(dtype.qmin, dtype.qmax)
 
 
 def _dense(x: Tensor) -> Tensor | None:
@@ -179,18 +186,14 @@ def _pieces_forward(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
     assert out is not None
     for piece, into in zip(source.split(_PIECE), out.split(_PIECE), strict=True):
         torch.div(piece, scale, out=into)
-        into.round_().add_(0.0).clamp_(dtype.qmin, dtype.qmax).mul_(scale)
+        into.round_().clamp_(dtype.qmin, dtype.qmax).mul_(scale)
     return y
 
 
 def _bounds(scale: Tensor, dtype: QDType) -> tuple[float, float]:
-    """The values strictly between which nothing is clipped: half a step beyond the range's ends.
-
-    Half to even rounds qmin - 0.5 (qmin is even or 0) into the range and qmax + 0.5 (qmax is odd) out of it.
-    """
+    """The values strictly between which nothing is clipped: half a step beyond the range's ends."""
     step = float(scale)
-    low = (dtype.qmin - 0.5) * step
-    return low - abs(low) * 1e-7, (dtype.qmax + 0.5) * step
+    return (dtype.qmin - _HALF) * step, (dtype.qmax + 0.5) * step
 
 
 def _pieces_backward(
@@ -230,7 +233,7 @@ def _plain_backward(
     return to_x, (wide * torch.where(inside, within, ends)).sum_to_size(scale.shape)
 
 
-class _Broadcast(torch.autograd.Function):
+class _Weight(torch.autograd.Function):
     """Any scale that broadcasts, and the fold of a BatchNorm; for tensors as small as weights."""
 
     @staticmethod
@@ -243,26 +246,70 @@ class _Broadcast(torch.autograd.Function):
         gradient: ScaleGradient,
         gradient_scale: float,
     ) -> Tensor:
-        folded = weight if factor is None else weight * factor
-        ctx.how = dtype, gradient, gradient_scale
-        ctx.save_for_backward(folded, scale, factor)
-        held = _quantized(folded, scale, dtype).mul_(scale)
-        if factor is not None:
-            dead = factor == 0
-            held = torch.where(dead, weight, held.div_(factor.masked_fill(dead, 1.0)))
-        return held.to(weight.dtype)
+        if gradient is not ScaleGradient.NONE:
+            scale = scale.clamp(min=SMALLEST_SCALE)
+        ctx.how = dtype, gradient, gradient_scale, scale.shape
+        if weight.is_cuda and _by_rows(weight, scale) and (kernels := _kernels()) is not None:
+            y, steps = kernels.weight_forward(weight, scale, factor, dtype.qmin, dtype.qmax)
+        else:
+            y, steps = _weight_forward(weight, scale, factor, dtype)
+        undone = None
+        if gradient is not ScaleGradient.NONE and factor is not None:
+            undone = torch.where(factor == 0, 0.0, 1 / factor)
+        ctx.save_for_backward(steps, undone)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        folded, scale, factor = ctx.saved_tensors
-        dtype, gradient, gradient_scale = ctx.how
-        if not ctx.needs_input_grad[1]:
-            gradient = ScaleGradient.NONE
-        to_weight, to_scale = _plain_backward(grad, folded, scale, dtype, ScaleGradient.NONE)
-        if gradient is not ScaleGradient.NONE:
-            undone = grad if factor is None else torch.where(factor == 0, 0.0, grad / factor)
-            to_scale = _plain_backward(undone, folded, scale, dtype, gradient)[1]
-        return to_weight, None if to_scale is None else to_scale * gradient_scale, None, None, None, None
+        steps, undone = ctx.saved_tensors
+        dtype, gradient, gradient_scale, shape = ctx.how
+        low, high = dtype.qmin - _HALF, dtype.qmax + 0.5
+        to_weight = torch.ops.aten.hardtanh_backward(grad, steps, low, high)
+        if gradient is ScaleGradient.NONE or not ctx.needs_input_grad[1]:
+            return to_weight, None, None, None, None, None
+        ends = steps.round().clamp_(dtype.qmin, dtype.qmax)
+        inside = (steps > low) & (steps < high)
+        within = ends - steps if gradient is ScaleGradient.LSQ else torch.zeros_like(ends)
+        to_scale = grad * torch.where(inside, within, ends)
+        if undone is not None:
+            to_scale = to_scale * undone
+        return to_weight, to_scale.sum_to_size(shape) * gradient_scale, None, None, None, None
+
+
+def _by_rows(weight: Tensor, scale: Tensor) -> bool:
+    """Whether each row of a weight, [rows, …], has one scale, and all lie one after the other."""
+    return weight.is_contiguous() and (scale.dim() == 0 or scale.numel() == scale.shape[0])
+
+
+def _weight_forward(
+    weight: Tensor, scale: Tensor, factor: Tensor | None, dtype: QDType
+) -> tuple[Tensor, Tensor]:
+    """The weight that training computes with, in its dtype, and its unrounded steps, float32."""
+    if factor is None:
+        return _weight_pieces(weight, scale, None, scale, dtype)
+    dead = factor == 0
+    y, steps = _weight_pieces(weight, scale, factor, scale / factor.masked_fill(dead, 1.0), dtype)
+    if not weight.is_cpu or bool(dead.any()):  # a GPU would have to be waited for
+        y = torch.where(dead, weight, y)
+    return y, steps
+
+
+def _weight_pieces(
+    weight: Tensor, scale: Tensor, factor: Tensor | None, real: Tensor, dtype: QDType
+) -> tuple[Tensor, Tensor]:
+    """The quantized weight times `real`, and the unrounded steps; row by row on a CPU."""
+    if not (weight.is_cpu and weight.dtype is torch.float32 and _by_rows(weight, scale)):
+        steps = (weight if factor is None else weight * factor).float() / scale
+        return (steps.round().clamp_(dtype.qmin, dtype.qmax).mul_(real)).to(weight.dtype), steps
+    steps, y = torch.empty_like(weight), torch.empty_like(weight)
+    rows = max(1, _PIECE // max(1, weight.numel() // max(1, weight.shape[0])))
+    for first in range(0, weight.shape[0], rows):
+        block = slice(first, first + rows)
+        own = [t if t is None or t.dim() == 0 else t[block] for t in (scale, factor, real)]
+        piece = weight[block] if own[1] is None else torch.mul(weight[block], own[1], out=steps[block])
+        torch.div(piece, own[0], out=steps[block])  # type: ignore[arg-type]
+        torch.round(steps[block], out=y[block]).clamp_(dtype.qmin, dtype.qmax).mul_(own[2])
+    return y, steps
 
 
 @functools.cache

@@ -8,9 +8,9 @@ the example inputs without data.
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import linecache
-import operator
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,27 +19,17 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch._subclasses import fake_tensor
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .errors import FxqError, TraceError
-from .graph import (
-    ALIASES,
-    ORIGIN,
-    TENSOR,
-    Aliases,
-    Note,
-    Origin,
-    State,
-    Storage,
-    TensorInfo,
-    attribute,
-    set_state,
-)
+from .graph import ORIGIN, Note, Origin, State, attribute, origin, set_state
+from .proxies import INPLACE_OPERATORS, WAYS_OUT, NestedInputs, TensorProxy
 from .recipe import Recipe
+from .shapes import propagate_shapes
 from .target import Target
 
-__all__ = ["example_arguments", "propagate_shapes", "trace_model", "weighted_leaves"]
+__all__ = ["example_arguments", "trace_model", "weighted_leaves"]
 
 _TORCH: Final = f"{Path(torch.__file__).parent}/"
 _HERE: Final = f"{Path(__file__).parent}/"
@@ -51,65 +41,6 @@ _WEIGHTED: Final = (
     nn.RNNCellBase,
     nn.Bilinear,
 )
-_WAYS_OUT: Final = (
-    "rewrite that line with torch operations (torch.where), pass the value it depends on as "
-    "concrete_args={name: value}, or keep the module whole with leaf_modules=[its type or path]"
-)
-
-
-class _Proxy(fx.Proxy):
-    """A Proxy that sees in-place operators and item assignment, which plain fx loses or refuses."""
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __len__(self) -> int:
-        raise TraceError("the length of a tensor is used as a Python number", hint=_WAYS_OUT)
-
-    def __int__(self) -> int:
-        raise TraceError("a tensor's value is used as a Python number", hint=_WAYS_OUT)
-
-    __index__ = __int__
-
-    def __float__(self) -> float:
-        raise TraceError("a tensor's value is used as a Python number", hint=_WAYS_OUT)
-
-
-def _inplace_operator(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-_INPLACE_OPERATORS: Final = tuple(
-    getattr(operator, name)
-    for name in "iadd isub imul itruediv ipow ifloordiv imod iand ior ixor imatmul".split()
-)
-for _operator in _INPLACE_OPERATORS:
-    setattr(_Proxy, f"__{_operator.__name__}__", _inplace_operator(_operator))
-
-
-class _NestedInputs(fx.graph.CodeGen):
-    """Code for a forward whose inputs nest tensors: it takes them apart by plain indexing (``a = pair[0]``).
-
-    Args:
-        names: Parameters of forward, in order.
-        parts: For each placeholder, the expression over the parameters that it stands for.
-    """
-
-    def __init__(self, names: Sequence[str], parts: Sequence[str]) -> None:
-        super().__init__()
-        self.names, self.parts = tuple(names), tuple(parts)
-
-    def process_inputs(self, *args: Any) -> Any:
-        return [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, torch.Tensor)]
-
-    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
-        definition = super().gen_fn_def(list(self.names), maybe_return_annotation, **options)
-        variables = [v.split(":")[0].split("=")[0].strip() for v in free_vars]
-        taken = (f"\n    {v} = {part}" for v, part in zip(variables, self.parts, strict=True) if v != part)
-        return definition + "".join(taken)
 
 
 class _Tracer(fx.Tracer):
@@ -144,7 +75,7 @@ class _Tracer(fx.Tracer):
             self.stack.pop()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return TensorProxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         path = self.stack[-1][0] if self.stack else ""
@@ -178,11 +109,13 @@ class _Tracer(fx.Tracer):
                 made = [self._nested_input(name, path, leaf) for path, leaf in leaves]
                 values[name] = pytree.tree_unflatten(made, spec)
         if nested:
-            self.graph.set_codegen(_NestedInputs(list(self.inputs), parts))
+            self.graph.set_codegen(NestedInputs(list(self.inputs), parts))
         by_name = {n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         positional = [values[n] for n in signature.parameters if n in values and n not in by_name]
         keywords = {n: values[n] for n in by_name if n in values}
-        return (lambda: root_fn(self.root, *positional, **keywords)), []
+        hooked = self.root._forward_hooks or self.root._forward_pre_hooks
+        call = type(self.root)._call_impl if hooked else root_fn
+        return (lambda: call(self.root, *positional, **keywords)), []
 
     def _nested_input(self, name: str, path: Sequence[Any], leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -197,23 +130,23 @@ class _Tracer(fx.Tracer):
         if name is None and path and kind in ("call_function", "call_method"):
             call = target if isinstance(target, str) else getattr(target, "__name__", "call")
             plain = call.strip("_")
-            plain = plain.removeprefix("i") if target in _INPLACE_OPERATORS else plain
+            plain = plain.removeprefix("i") if target in INPLACE_OPERATORS else plain
             name = f"{path.replace('.', '_')}_{plain}"
         return kind, target, args, kwargs, name, *rest
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        raise TraceError("control flow depends on a tensor's value", hint=_WAYS_OUT)
+        raise TraceError("control flow depends on a tensor's value or size", hint=WAYS_OUT)
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         try:
             return super().iter(obj)
         except fx.proxy.TraceError as error:
             raise TraceError(
-                "a loop runs over a tensor whose length tracing does not know", hint=_WAYS_OUT
+                "a loop runs over a tensor whose length tracing does not know", hint=WAYS_OUT
             ) from error
 
     def keys(self, obj: fx.Proxy) -> Any:
-        raise TraceError("an input is unpacked with ** or .keys()", hint=_WAYS_OUT)
+        raise TraceError("an input is unpacked with ** or .keys()", hint=WAYS_OUT)
 
 
 def _current_frames() -> Iterable[tuple[str, int]]:
@@ -290,45 +223,80 @@ def trace_model(
     """
     if isinstance(model, fx.GraphModule) and isinstance(model.meta.get("fxq"), State):
         raise TraceError("this model was traced by fxq already", hint="give prepare the original model")
-    try:
-        root = copy.deepcopy(model).eval()
-    except (RuntimeError, TypeError) as error:
-        raise TraceError(
-            f"the model cannot be copied: {error}",
-            hint="tensors that are attributes must be leaves (detach them)",
-        ) from error
-    bound = _bind(root, args, kwargs)
-    concrete = dict(concrete_args or {})
-    fixed = {k: v for k, v in bound.items() if not _has_tensor(v)} | concrete
-    inputs = {k: v for k, v in bound.items() if k not in fixed}
-    tracer = _Tracer(leaf_modules, inputs, fixed)
-    graph = _trace(tracer, root)
-    gm = fx.GraphModule(tracer.root, graph, type(model).__name__)
-    gm.eval()
-    propagate_shapes(
-        gm, [leaf for leaf in pytree.tree_leaves(list(inputs.values())) if isinstance(leaf, torch.Tensor)]
+    with torch.inference_mode(mode=False):
+        root = _copy(model)
+        _check_leaves(root, leaf_modules)
+        bound = _bind(root, args, kwargs, concrete_args or {})
+        inputs = {k: v for k, v in bound.items() if _has_tensor(v) and k not in (concrete_args or {})}
+        fixed = {k: v for k, v in bound.items() if k not in inputs}
+        tracer = _Tracer(leaf_modules, inputs, fixed)
+        gm = fx.GraphModule(root, _trace(tracer, root), type(model).__name__)
+        gm.eval()
+        leaves = pytree.tree_leaves(list(inputs.values()))
+        propagate_shapes(gm, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+    in_args, in_kwargs = _kept(root, args, kwargs, inputs)
+    new = State(
+        target=target,
+        recipe=recipe,
+        example_args=in_args,
+        example_kwargs=in_kwargs,
+        properties=frozenset({"traced"}),
+        notes=tuple(weighted_leaves(gm)),
+        provenance={"torch": torch.__version__, "model": type(model).__qualname__},
     )
-    in_args, in_kwargs = _kept(root, args, kwargs, fixed)
-    set_state(
-        gm,
-        State(
-            target=target,
-            recipe=recipe,
-            example_args=in_args,
-            example_kwargs=in_kwargs,
-            properties=frozenset({"traced"}),
-            notes=tuple(weighted_leaves(gm)),
-            provenance={"torch": torch.__version__, "model": type(model).__qualname__},
-        ),
-    )
+    set_state(gm, new)
     return gm
 
 
-def _bind(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by parameter name of forward, defaults included."""
-    signature = inspect.signature(root.forward)
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode; tensors that some module computed (the old weight_norm's weight) are copied by value."""
+    for path, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(parameter):
+            raise TraceError(
+                f"{path} has no shape yet",
+                module_path=path.rpartition(".")[0],
+                hint="run the lazy model once",
+            )
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
     try:
-        bound = signature.bind(*args, **kwargs)
+        return copy.deepcopy(model, memo).eval()
+    except (RuntimeError, TypeError) as error:
+        raise TraceError(
+            f"the model cannot be copied: {error}", hint="give its class a __deepcopy__ that can copy it"
+        ) from error
+
+
+def _check_leaves(root: nn.Module, leaf_modules: Sequence[type[nn.Module] | str]) -> None:
+    """Each path names a module."""
+    known = dict(root.named_modules())
+    for path in leaf_modules:
+        if isinstance(path, str) and path not in known:
+            near = difflib.get_close_matches(path, known, 3, 0.3)
+            raise TraceError(
+                f"leaf_modules names {path!r}, and the model has no such module",
+                hint=f"near it are {', '.join(near)}" if near else "paths are those of named_modules()",
+            )
+
+
+def _bind(
+    root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], concrete: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Values by parameter name of forward, defaults included; `concrete` wins over examples and defaults."""
+    signature = inspect.signature(root.forward)
+    strange = [name for name in concrete if name not in signature.parameters]
+    if strange:
+        raise TraceError(
+            f"concrete_args names {', '.join(strange)}, which {type(root).__name__}.forward does not take",
+            hint=f"it takes {', '.join(signature.parameters)}",
+        )
+    given = list(signature.parameters)[: len(args)]
+    try:
+        bound = signature.bind(*args, **{k: v for k, v in {**kwargs, **concrete}.items() if k not in given})
     except TypeError as error:
         raise TraceError(
             f"example inputs do not fit {type(root).__name__}.forward{signature}: {error}",
@@ -347,17 +315,17 @@ def _bind(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
                 raise TraceError(f"{type(root).__name__}.forward takes **{name}, which has no fixed inputs",
                                  hint="wrap the model in a module whose forward names its inputs")  # fmt: skip
         else:
-            values[name] = value
+            values[name] = concrete.get(name, value)
     return values
 
 
 def _kept(
-    root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], fixed: Mapping[str, Any]
+    root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example inputs without those that tracing fixed to a value, which the graph no longer takes."""
     names = inspect.signature(root.forward).parameters
-    kept = tuple(value for name, value in zip(names, args, strict=False) if name not in fixed)
-    return kept, {k: v for k, v in kwargs.items() if k not in fixed}
+    kept = tuple(value for name, value in zip(names, args, strict=False) if name in inputs)
+    return kept, {k: v for k, v in kwargs.items() if k in inputs}
 
 
 def _has_tensor(value: Any) -> bool:
@@ -366,15 +334,23 @@ def _has_tensor(value: Any) -> bool:
 
 def _trace(tracer: _Tracer, root: nn.Module) -> fx.Graph:
     """Run the tracer; whatever stops it becomes a TraceError at the user's line."""
+    stored = {path: (t, t._version) for path, t in (*root.named_parameters(), *root.named_buffers())}
     try:
-        return tracer.trace(root)
+        graph = tracer.trace(root)
     except FxqError as error:
         frame = _user_frame(_frames_of(error.__traceback__))
         raise _located(error.message, frame, error.hint, tracer) from error
     except Exception as error:
         frame = _user_frame(_frames_of(error.__traceback__))
         text = f"{type(error).__name__}: {error}"
-        raise _located(f"tracing stopped with {text.splitlines()[0]}", frame, _WAYS_OUT, tracer) from error
+        raise _located(f"tracing stopped with {text.splitlines()[0]}", frame, WAYS_OUT, tracer) from error
+    changed = [path for path, (tensor, version) in stored.items() if tensor._version != version]
+    if changed:
+        raise TraceError(
+            f"the model changes its own {', '.join(changed)} when it runs, which a graph cannot repeat",
+            hint="compute a new tensor instead of changing the stored one",
+        )
+    return graph
 
 
 def _frames_of(tb: TracebackType | None) -> list[tuple[str, int]]:
@@ -388,87 +364,6 @@ def _located(message: str, frame: tuple[str, int] | None, hint: str | None, trac
     return TraceError(message, module_path=path, source=source, hint=hint)
 
 
-class _ShapeInterpreter(fx.Interpreter):
-    """Runs the graph, on tensors without data where it can, and notes what each node gives, aliases and writes."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.alive: list[Any] = []  # keeps storages alive, so that their addresses stay unique
-
-    def run_node(self, n: fx.Node) -> Any:
-        inputs = [self.env[a] for a in n.all_input_nodes]
-        tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
-        before = [t._version for t in tensors]
-        result = super().run_node(n)
-        self.alive.append(result)
-        written = [t for t, version in zip(tensors, before, strict=True) if t._version != version]
-        if isinstance(result, torch.Tensor):
-            n.meta[TENSOR] = TensorInfo(tuple(result.shape), result.dtype)
-        elif isinstance(result, tuple | list) and any(isinstance(r, torch.Tensor) for r in result):
-            n.meta[TENSOR] = tuple(
-                TensorInfo(tuple(r.shape), r.dtype) if isinstance(r, torch.Tensor) else None for r in result
-            )
-        else:
-            n.meta.pop(TENSOR, None)
-        n.meta[ALIASES] = Aliases(
-            tuple(_storage(t) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)),
-            frozenset(_storage(t).address for t in written),
-        )
-        return result
-
-
-def _storage(tensor: torch.Tensor) -> Storage:
-    strided = tensor.layout is torch.strided
-    return Storage(
-        tensor.untyped_storage()._cdata if strided else id(tensor),
-        tuple(tensor.shape),
-        tuple(tensor.stride()) if strided else (),
-        tensor.storage_offset() if strided else 0,
-    )
-
-
-def propagate_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Note shape and dtype of every node for these inputs (one per placeholder).
-
-    Tensors without data are used, so this costs no memory and no device time. A graph whose shapes depend on values
-    is run for real instead.
-
-    Raises:
-        TraceError: The graph does not run on these inputs; the message names the node and the user's line.
-    """
-    try:
-        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            fake = [mode.from_tensor(x) for x in inputs]
-            _ShapeInterpreter(gm).run(*fake, enable_io_processing=False)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        IndexError,
-        AttributeError,
-        fake_tensor.DynamicOutputShapeException,
-    ):
-        _run_for_shapes(gm, inputs)
-
-
-def _run_for_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    interpreter = _ShapeInterpreter(gm)
-    interpreter.extra_traceback = False
-    try:
-        with torch.no_grad():
-            interpreter.run(*inputs, enable_io_processing=False)
-    except Exception as error:
-        node = next((n for n in gm.graph.nodes if n.op != "output" and n not in interpreter.env), None)
-        where = node.meta.get(ORIGIN, Origin()) if node is not None else Origin()
-        raise TraceError(
-            f"the traced graph does not run on the example inputs: {type(error).__name__}: {error}",
-            node=node.name if node is not None else None,
-            module_path=where.module_path or None,
-            source=where.source,
-            hint="check that the model itself runs on them",
-        ) from error
-
-
 def weighted_leaves(gm: fx.GraphModule) -> Iterator[Note]:
     """A note for each module kept whole that hides weighted operations, which therefore stay float."""
     for node in gm.graph.nodes:
@@ -480,7 +375,7 @@ def weighted_leaves(gm: fx.GraphModule) -> Iterator[Note]:
         if not inner and not own:
             continue
         what = f"{len(inner)} weighted operations inside" if inner else "its weighted operations"
-        where = node.meta.get(ORIGIN, Origin())
+        where = origin(node)
         yield Note(
             node.name,
             "R20",

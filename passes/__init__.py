@@ -8,25 +8,34 @@ from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .drop_identities import DropIdentities
 from .expand_modules import ExpandModules
+from .finish_training import FinishTraining
 from .functionalize import Functionalize
 from .fuse_batch_norm import FuseBatchNorm
 from .insert_quantizers import InsertQuantizers
-from .pipelines import CONVERT, PREPARE
+from .keep_dropout import KeepDropout
+from .pipelines import CONVERT, PREPARE, PREPARE_QAT
 from .residual_add import ResidualAdd
+from .restore_training import RestoreTraining
+from .set_aside_training import SetAsideTraining
 from .tie_scales import TieScales
 
 __all__ = [
     "CONVERT",
     "PREPARE",
+    "PREPARE_QAT",
     "Advise",
     "Annotate",
     "Canonicalize",
     "ConvertQuantizers",
     "DropIdentities",
     "ExpandModules",
+    "FinishTraining",
     "Functionalize",
     "FuseBatchNorm",
     "InsertQuantizers",
+    "KeepDropout",
     "ResidualAdd",
+    "RestoreTraining",
+    "SetAsideTraining",
     "TieScales",
 ]

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Final
 
 from torch import fx
 
+from ..editor import Editor
 from ..errors import TargetError
-from ..graph import Annotation, Editor, constant, edge_annotations, state, tensor_info
+from ..graph import Annotation, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
 from ..target import Heuristic, Target

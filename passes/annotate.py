@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Final
 
 from torch import fx
 
+from ..editor import Editor
 from ..errors import RecipeError, TargetError
-from ..graph import Annotation, Editor, constant, edge_annotations, error_at, origin, state, tensor_info
+from ..graph import Annotation, constant, edge_annotations, error_at, origin, state, tensor_info
 from ..ops import KINDS, kind_name
 from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule

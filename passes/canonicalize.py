@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from ..graph import Editor, tensor_info
+from ..editor import Editor
+from ..graph import tensor_info
 from ..ops import Spelling, bind, kind, spelling, split_args
 from ..passbase import Pass
 

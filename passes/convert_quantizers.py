@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from ..editor import Editor
 from ..errors import CalibrationError
-from ..graph import TENSOR, Editor, TensorInfo, constant, origin, tensor_info
+from ..graph import TENSOR, TensorInfo, constant, origin, tensor_info
 from ..passbase import Numeric, Pass
 from ..qdq import DEQUANTIZE, QUANTIZE
 from ..quantizer import Quantizer

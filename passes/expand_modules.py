@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from ..graph import Editor, attribute, origin
+from ..editor import Editor
+from ..graph import attribute
 from ..ops import IDENTITY_MODULES, KINDS, MODULES, ModuleSpelling, Spelling, bind, split_args
 from ..passbase import Pass
 
@@ -84,7 +84,7 @@ class ExpandModules(Pass):
             return None
         if parametrize.is_parametrized(module, name):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        found = next((n for n in editor.graph.find_nodes(op="get_attr", target=f"{path}.{name}")), None)
+        found = next(iter(editor.stored(f"{path}.{name}")), None)
         if found is not None and found < node:
             return found
         return editor.get_attr(f"{path}.{name}", like=node)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from ..editor import Editor
 from ..errors import FxqError, TraceError
-from ..graph import ALIASES, Aliases, Editor, TensorInfo, attribute, error_at, tensor_info
+from ..graph import ALIASES, Aliases, TensorInfo, attribute, error_at, tensor_info
 from ..ops import inplace_target
 from ..passbase import Pass
 

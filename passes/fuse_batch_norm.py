@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
 
+from ..editor import Editor
 from ..folding import fold
-from ..graph import ORIGIN, Editor, constant, origin, tensor_info
+from ..graph import ORIGIN, constant, origin, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
 
-__all__ = ["FuseBatchNorm"]
+__all__ = ["FOLDABLE", "FuseBatchNorm", "declined", "store_folded"]
 
-_FOLDABLE = frozenset(
+FOLDABLE = frozenset(
     ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 )
 
@@ -44,9 +45,9 @@ class FuseBatchNorm(Pass):
             if kind_name(node) != "batch_norm" or not isinstance(node.args[0], fx.Node):
                 continue
             layer = node.args[0]
-            if kind_name(layer) not in _FOLDABLE:
+            if kind_name(layer) not in FOLDABLE:
                 continue
-            why = _declined(node, layer)
+            why = declined(node, layer)
             if why:
                 editor.note(node, self.name, f"BatchNorm is not folded into {layer.name}: {why}")
             else:
@@ -69,16 +70,7 @@ class FuseBatchNorm(Pass):
             transposed=kind_name(layer).startswith("conv_transpose"),
         )
         weight_node, bias_node = layer.args[1], layer.args[2]
-        new_weight = _store(editor, layer, weight_node, str(weight_node.target), folded[0])  # type: ignore[union-attr,arg-type]
-        beside = str(new_weight.target).rpartition(".")[0]
-        bias_path = (
-            str(bias_node.target)
-            if bias_node
-            else f"{beside}.bias"
-            if beside
-            else f"{new_weight.target}_bias"
-        )  # type: ignore[union-attr]
-        new_bias = _store(editor, layer, bias_node, bias_path, folded[1])  # type: ignore[arg-type]
+        new_weight, new_bias = store_folded(editor, layer, weight_node, bias_node, *folded)  # type: ignore[arg-type]
         editor.retarget(norm, layer.target, (layer.args[0], new_weight, new_bias), layer.kwargs)  # type: ignore[arg-type]
         norm.meta[ORIGIN] = origin(layer)
         statistics_nodes = [a for a in old if isinstance(a, fx.Node)]
@@ -86,6 +78,33 @@ class FuseBatchNorm(Pass):
         editor.erase_dead(
             [*statistics_nodes, *(n for n in (weight_node, bias_node) if isinstance(n, fx.Node))]
         )
+
+
+def store_folded(
+    editor: Editor,
+    layer: fx.Node,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    new_weight: torch.Tensor,
+    new_bias: torch.Tensor,
+) -> tuple[fx.Node, fx.Node]:
+    """Nodes for a layer's folded weight and bias, stored where the old ones are, or beside those that others read.
+
+    Args:
+        editor: Changes the graph.
+        layer: New nodes go before it.
+        weight: The old weight.
+        bias: The old bias; None if the layer has none.
+        new_weight: The folded weight.
+        new_bias: The folded bias.
+    """
+    made = _store(editor, layer, weight, str(weight.target), new_weight)
+    path = f"{made.target}_bias"
+    if bias is not None:
+        path = str(bias.target)
+    elif "." in str(made.target):
+        path = f"{str(made.target).rpartition('.')[0]}.bias"
+    return made, _store(editor, layer, bias, path, new_bias)
 
 
 def _store(editor: Editor, layer: fx.Node, node: fx.Node | None, path: str, value: torch.Tensor) -> fx.Node:
@@ -101,10 +120,10 @@ def _store(editor: Editor, layer: fx.Node, node: fx.Node | None, path: str, valu
 
 
 def _read_elsewhere(editor: Editor, weight: fx.Node) -> bool:
-    return sum(1 for _ in editor.graph.find_nodes(op="get_attr", target=weight.target)) > 1
+    return len(editor.stored(str(weight.target))) > 1
 
 
-def _declined(norm: fx.Node, layer: fx.Node) -> str | None:
+def declined(norm: fx.Node, layer: fx.Node) -> str | None:
     """Why the fold is not possible; None if it is."""
     if len(layer.users) > 1:
         others = [u.name for u in layer.users if u is not norm]

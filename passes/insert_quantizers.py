@@ -8,8 +8,9 @@ from typing import ClassVar, Final
 import torch
 from torch import fx
 
+from ..editor import Editor
 from ..errors import TraceError
-from ..graph import Annotation, Editor, constant, error_at
+from ..graph import Annotation, constant, error_at
 from ..passbase import Pass
 from ..quantizer import QUANTIZERS, Quantizer
 from ..verify import is_quantizer

@@ -1,7 +1,8 @@
-"""The pipelines, as data: what fxq.prepare and fxq.convert run, in order."""
+"""The pipelines, as data: what fxq.prepare, fxq.prepare_qat and fxq.convert run, in order."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from ..manager import Pipeline
@@ -11,13 +12,17 @@ from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .drop_identities import DropIdentities
 from .expand_modules import ExpandModules
+from .finish_training import FinishTraining
 from .functionalize import Functionalize
 from .fuse_batch_norm import FuseBatchNorm
 from .insert_quantizers import InsertQuantizers
+from .keep_dropout import KeepDropout
 from .residual_add import ResidualAdd
+from .restore_training import RestoreTraining
+from .set_aside_training import SetAsideTraining
 from .tie_scales import TieScales
 
-__all__ = ["CONVERT", "PREPARE"]
+__all__ = ["CONVERT", "PREPARE", "PREPARE_QAT"]
 
 PREPARE: Final = Pipeline(
     "prepare",
@@ -36,5 +41,13 @@ PREPARE: Final = Pipeline(
 )
 """Traced graph to a graph with observers."""
 
-CONVERT: Final = Pipeline("convert", (ConvertQuantizers(),))
-"""Calibrated graph to a graph with explicit quantize and dequantize operations."""
+PREPARE_QAT: Final = replace(
+    PREPARE.before("drop-identities", KeepDropout())
+    .replace("fuse-batch-norm", SetAsideTraining())
+    .after("insert-quantizers", RestoreTraining()),
+    name="prepare-qat",
+)
+"""Traced graph to a graph with fake quantizers in the same places, which trains."""
+
+CONVERT: Final = Pipeline("convert", (FinishTraining(), ConvertQuantizers()))
+"""Calibrated or trained graph to a graph with explicit quantize and dequantize operations."""

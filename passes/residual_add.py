@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
-from ..graph import Annotation, Editor, constant, edge_annotations, state, tensor_info
+from ..editor import Editor
+from ..graph import Annotation, State, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
-from ..recipe import QSpec, Recipe
+from ..recipe import QSpec
 from ..target import Target
-from .annotate import SUMS, applied, quantized_edges
+from .annotate import SUMS, applied
 
 __all__ = ["ResidualAdd", "longest_ways", "sources"]
 
@@ -52,34 +53,42 @@ class ResidualAdd(Pass):
             return
         order = {node: index for index, node in enumerate(editor.graph.nodes)}
         origins = sources(editor.graph)
+        quantized = _quantized(node for node in editor.graph.nodes if kind_name(node) not in SUMS)
         for node in editor.graph.nodes:
             if kind_name(node) not in SUMS or not _adds_tensors(node):
                 continue
             if edge_annotations(node).keys() - {"output"}:
                 _note_recipe(editor, node, origins)
-                continue
-            found = _skip(node, now.target, order, origins)
-            if isinstance(found, _Declined):
-                editor.note(node, found.rule, f"this addition stays float: {found.why}")
             else:
-                self._annotate(editor, node, found, now.target, now.recipe, order)
+                found = _skip(node, now.target, order, origins)
+                if isinstance(found, _Declined):
+                    editor.note(node, found.rule, f"this addition stays float: {found.why}")
+                else:
+                    editor.annotate(node, found, _annotation(node, found, now, node.args[found] in quantized))
+            quantized |= _quantized((node,))
 
-    @staticmethod
-    def _annotate(
-        editor: Editor, add: fx.Node, edge: int, target: Target, recipe: Recipe, order: Mapping[fx.Node, int]
-    ) -> None:
-        skip, conv = add.args[edge], add.args[1 - edge]
-        assert isinstance(skip, fx.Node)
-        reason = f"skip edge: {conv} takes the addition along when the other input arrives quantized"
-        shared = _has_quantizer(skip, add, order)
-        if shared:
-            reason += f"; {skip} has a quantizer already and the same one serves"
-        rule, said = "R24" if shared else "R23", applied(add, "input", recipe)
-        spec, priority = target.activation, -1
-        if said is not None and isinstance(said[1].edges.input, QSpec):
-            priority, spec = said[0], said[1].edges.input.over(target.activation)
-            reason += f"; how is recipe rule {priority}'s, {said[1].text}"
-        editor.annotate(add, edge, Annotation(spec, rule, reason, priority))
+
+def _quantized(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The tensors that have a quantizer because of an edge of these nodes."""
+    return {
+        node if edge == "output" else node.args[edge]  # type: ignore[misc,index]
+        for node in nodes
+        for edge, annotation in edge_annotations(node).items()
+        if annotation.spec is not None
+    }
+
+
+def _annotation(add: fx.Node, edge: int, now: State, shared: bool) -> Annotation:
+    """What holds for the skip edge."""
+    skip, conv = add.args[edge], add.args[1 - edge]
+    reason = f"skip edge: {conv} takes the addition along when the other input arrives quantized"
+    if shared:
+        reason += f"; {skip} has a quantizer already and the same one serves"
+    spec, priority, said = now.target.activation, -1, applied(add, "input", now.recipe)
+    if said is not None and isinstance(said[1].edges.input, QSpec):
+        priority, spec = said[0], said[1].edges.input.over(now.target.activation)
+        reason += f"; how is recipe rule {priority}'s, {said[1].text}"
+    return Annotation(spec, "R24" if shared else "R23", reason, priority)
 
 
 @dataclass(frozen=True)
@@ -106,15 +115,6 @@ def _note_recipe(editor: Editor, add: fx.Node, origins: Mapping[fx.Node, int]) -
         editor.note(add, "R23", f"{text}: {said[0].reason}", kind="advice")
 
 
-def _has_quantizer(skip: fx.Node, add: fx.Node, order: Mapping[fx.Node, int]) -> bool:
-    """Whether `skip` is quantized for somebody else: any operation, or an addition before this one."""
-    return any(
-        user is skip or kind_name(user) not in SUMS or order[user] < order[add]
-        for user, _, _ in quantized_edges(skip)
-        if user is not add
-    )
-
-
 def _skip(
     add: fx.Node, target: Target, order: Mapping[fx.Node, int], origins: Mapping[fx.Node, int]
 ) -> int | _Declined:
@@ -138,7 +138,8 @@ def _skip(
     edges = [a for key, a in edge_annotations(node).items() if key != "output"]
     if not edges or any(a.spec is None for a in edges):
         return _Declined("R23", f"its convolution {node} stays float")
-    if any(edge == "output" for _, edge, _ in quantized_edges(node)):
+    own = edge_annotations(node).get("output")
+    if own is not None and own.spec is not None:
         return _Declined("R23", f"the output of its convolution {node} has a quantizer of its own")
     return 1 - conv
 
@@ -164,7 +165,7 @@ def _unfit(first: fx.Node, second: fx.Node, origins: Mapping[fx.Node, int]) -> _
 
 
 def _fuses(node: fx.Node, add: fx.Node, target: Target) -> bool:
-    return kind_name(node) in target.residual.weighted and list(node.users) == [add]
+    return kind_name(node) in target.residual.weighted and len(node.users) == 1 and add in node.users
 
 
 def _not_fusible(first: fx.Node, second: fx.Node, target: Target, order: Mapping[fx.Node, int]) -> _Declined:

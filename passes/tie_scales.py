@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from ..graph import Annotation, Editor, state, tensor_info
+from ..editor import Editor
+from ..graph import Annotation, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
 from ..recipe import PerTensor, QSpec

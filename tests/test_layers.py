@@ -20,13 +20,23 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("recipe", "rules", "target"),
-    ("qparams", "qdq", "thresholds", "observers", "quantizer"),
-    ("graph", "ops", "printer"),
+    (
+        "qparams",
+        "qdq",
+        "thresholds",
+        "observers",
+        "quantizer",
+        "folding",
+        "straight_through",
+        "batch_norm",
+        "fake_quantizers",
+    ),
+    ("graph", "editor", "ops", "printer", "proxies", "shapes", "views"),
     ("passbase", "tracer", "verify"),
     ("calibration", "graph_lint", "manager", "placement", "reports"),
     ("passes",),
     ("backends",),
-    ("flow",),
+    ("flow", "qat"),
     ("__init__", "demo"),
 )
 # Beside the order: who may not see whom although it comes later.

@@ -577,6 +577,18 @@ def test_an_operation_without_translation_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("size", [1, (1, 1), (None, None), (2, 1)])
+def test_pooling_a_permuted_tensor_needs_no_gather(tmp_path: Path, size: Any) -> None:
+    b = GraphBuilder()
+    x = b.call(torch.permute, b.input("x"), (0, 3, 1, 2), name="permute")
+    gm = b.build(b.call(F.adaptive_avg_pool2d, x, name="pool", output_size=size))
+    args = (torch.randn(2, 4, 4, 3),)
+    model = export(gm, args, tmp_path / "m.onnx")
+    assert not {"Range", "Gather", "Shape"} & {node.op_type for node in model.graph.node}
+    (got,) = Session(tmp_path / "m.onnx").run(*args)
+    torch.testing.assert_close(got, gm(*args))
+
+
 def test_a_device_in_the_graph_becomes_the_cpu(tmp_path: Path) -> None:
     b = GraphBuilder()
     x = b.input("x")

@@ -218,8 +218,8 @@ def test_histogram_counts_what_it_samples_and_says_how_much() -> None:
     observer.collect(large)
     observer.flush()
     assert observer.elements == small.numel() + large.numel()
-    assert observer.counts.sum() - 4000 == pytest.approx(4 * SAMPLE, rel=0.02)
-    assert observer.fraction == pytest.approx(1 / 8, rel=0.05)
+    assert observer.counts.sum() - 4000 == pytest.approx(4 * SAMPLE, rel=0.05)
+    assert observer.fraction == pytest.approx(1 / 8, rel=0.06)
 
 
 def test_an_outlier_outside_the_sample_still_is_the_maximum() -> None:
@@ -348,3 +348,14 @@ def test_a_gpu_gives_the_same_statistics_without_a_wait(kind: str, axis: int | N
     here = collected(kind, parts, axis)
     for name, value in here.state_dict().items():
         torch.testing.assert_close(observer.state_dict()[name].cpu(), value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_statistics_moved_in_inference_mode_outlive_it(kind: str) -> None:
+    observer = KINDS[kind](None)
+    with torch.inference_mode():
+        observer.collect(torch.randn(2, 3, device="cuda"))
+    assert not any(buffer.is_inference() for buffer in observer.buffers())
+    observer.flush()
+    assert observer.batches == 1

@@ -1,0 +1,187 @@
+"""Fake quantization on a GPU: one kernel each way, with the division and the rounding of :mod:`fxq.qdq`.
+
+Eager PyTorch needs five kernels forward and four backward for the same; memory traffic is what a training step has
+least of. Only :mod:`fxq.straight_through` loads this room, and only where Triton is installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["backward", "forward", "weight_forward"]
+
+_BLOCK: Final = 1024
+_PARTIAL_BLOCK: Final = 4096
+_GRADIENTS: Final = {"none": 0, "lsq": 1, "pact": 2}
+
+
+@triton.jit
+def _steps(x: Any, scale: Any, low: tl.constexpr, high: tl.constexpr) -> Any:
+    """x / scale, kept within one step of the range, where float32 tells halves apart; NaN stays NaN."""
+    steps = tl.div_rn(x, scale)
+    steps = tl.maximum(steps, low - 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(steps, high + 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _round(steps: Any) -> Any:
+    """Half to even, for magnitudes below 2**22: what adding and taking away 1.5 * 2**23 does in float32."""
+    return (steps + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _forward(x_ptr: Any, scale_ptr: Any, y_ptr: Any, n: Any, low: tl.constexpr, high: tl.constexpr, block: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    valid = at < n
+    x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr)
+    rounded = _round(_steps(x, scale, low, high))
+    rounded = tl.maximum(rounded, low, propagate_nan=tl.PropagateNan.ALL)
+    rounded = tl.minimum(rounded, high, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + at, (rounded * scale).to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _backward(
+    grad_ptr: Any,
+    x_ptr: Any,
+    scale_ptr: Any,
+    to_x_ptr: Any,
+    partial_ptr: Any,
+    n: Any,
+    low: tl.constexpr,
+    high: tl.constexpr,
+    gradient: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    at = program.to(tl.int64) * block + tl.arange(0, block)
+    valid = at < n
+    grad = tl.load(grad_ptr + at, mask=valid, other=0.0)
+    x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    steps = _steps(x, tl.load(scale_ptr), low, high)
+    rounded = _round(steps)
+    inside = (rounded >= low) & (rounded <= high)
+    tl.store(to_x_ptr + at, tl.where(inside, grad, 0.0).to(to_x_ptr.dtype.element_ty), mask=valid)
+    if gradient > 0:
+        ends = tl.where(rounded < low, low, high)
+        within = rounded - steps if gradient == 1 else 0.0 * steps
+        part = grad.to(tl.float32) * tl.where(inside, within, ends)
+        tl.store(partial_ptr + program, tl.sum(part, axis=0))
+
+
+@triton.jit
+def _weight_forward(
+    weight_ptr: Any,
+    scale_ptr: Any,
+    factor_ptr: Any,
+    y_ptr: Any,
+    steps_ptr: Any,
+    columns: Any,
+    scale_stride: Any,
+    low: tl.constexpr,
+    high: tl.constexpr,
+    folds: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    valid = column < columns
+    at = row * columns + column
+    weight = tl.load(weight_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + row * scale_stride)
+    real = scale
+    folded = weight
+    if folds:
+        factor = tl.load(factor_ptr + row)
+        folded = weight * factor
+        real = scale / tl.where(factor == 0.0, 1.0, factor)
+    steps = tl.div_rn(folded, scale)
+    near = tl.maximum(steps, low - 1.0, propagate_nan=tl.PropagateNan.ALL)
+    near = tl.minimum(near, high + 1.0, propagate_nan=tl.PropagateNan.ALL)
+    rounded = tl.maximum(_round(near), low, propagate_nan=tl.PropagateNan.ALL)
+    rounded = tl.minimum(rounded, high, propagate_nan=tl.PropagateNan.ALL)
+    y = rounded * real
+    if folds:
+        y = tl.where(factor == 0.0, weight, y)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=valid)
+    tl.store(steps_ptr + at, steps, mask=valid)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself if its elements fill their memory in some order of dimensions, else a contiguous copy."""
+    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
+
+
+def _on(x: Tensor) -> Any:
+    return torch.cuda.device_of(x)
+
+
+def forward(x: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
+    """Quantize and dequantize over one scale, [].
+
+    Args:
+        x: Float32, float16 or bfloat16, any shape.
+        scale: Positive float32, [].
+        qmin: Smallest integer.
+        qmax: Largest integer; magnitudes are below 2**22.
+    """
+    x = _dense(x)
+    y = torch.empty_like(x)
+    n = x.numel()
+    if n:
+        with _on(x):
+            _forward[(triton.cdiv(n, _BLOCK),)](x, scale, y, n, float(qmin), float(qmax), _BLOCK)
+    return y
+
+
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, qmin: float, qmax: float, gradient: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of :func:`forward` for x, and unless `gradient` is ``none`` for the scale, float32, [].
+
+    The scale's is summed in a fixed order, so that it is the same every time.
+    """
+    x = _dense(x)
+    to_x = torch.empty_like(x, dtype=grad.dtype)
+    if grad.stride() != to_x.stride():
+        grad = torch.empty_like(to_x).copy_(grad)
+    n, kind = x.numel(), _GRADIENTS[gradient]
+    block = _PARTIAL_BLOCK if kind else _BLOCK
+    programs = triton.cdiv(n, block)
+    partial = torch.empty(programs, dtype=torch.float32, device=x.device) if kind else to_x
+    if n:
+        with _on(x):
+            _backward[(programs,)](grad, x, scale, to_x, partial, n, float(qmin), float(qmax), kind, block)
+    return to_x, partial.sum() if kind else None
+
+
+def weight_forward(
+    weight: Tensor, scale: Tensor, factor: Tensor | None, qmin: float, qmax: float
+) -> tuple[Tensor, Tensor]:
+    """The weight that training computes with, and its unrounded steps, float32; see fake_quantize_weight.
+
+    Args:
+        weight: Contiguous, [rows, …].
+        scale: Positive float32, with one value or one per row.
+        factor: Float32, one value per row, or None for 1.
+        qmin: Smallest integer.
+        qmax: Largest integer.
+    """
+    y, steps = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.float32)
+    rows = weight.shape[0]
+    columns = weight.numel() // max(rows, 1)
+    if columns:
+        stride = 0 if scale.numel() == 1 else 1
+        held = scale if factor is None else factor
+        grid = (rows, triton.cdiv(columns, _BLOCK))
+        with _on(weight):
+            _weight_forward[grid](
+                weight, scale, held, y, steps, columns, stride, float(qmin), float(qmax), factor is not None, _BLOCK
+            )
+    return y, steps
