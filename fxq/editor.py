@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import EDGES, ORIGIN, TENSOR, Annotation, Note, TensorInfo, attribute, edge_annotations, origin
+from .graph import (
+    ALIASES,
+    EDGES,
+    ORIGIN,
+    TENSOR,
+    Annotation,
+    Note,
+    TensorInfo,
+    attribute,
+    edge_annotations,
+    origin,
+)
 
 __all__ = ["Editor"]
 
@@ -61,7 +72,7 @@ class Editor:
         anchor = node
         while node.op == "placeholder" and anchor.next.op == "placeholder":
             anchor = anchor.next
-        with self.graph.inserting_after(anchor):
+        with self.graph.inserting_before(anchor.next):
             yield
 
     def call(
@@ -120,6 +131,13 @@ class Editor:
                     self._stored.setdefault(str(node.target), []).append(node)
         return self._stored.get(path, ())
 
+    def copy(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.Node:
+        """What `node` calls, called again with other arguments, at the current insertion point."""
+        made = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)
+        made.meta.update({key: value for key, value in node.meta.items() if key != ALIASES})
+        self.counts["created"] += 1
+        return made
+
     def _inherit(self, node: fx.Node, like: fx.Node, info: TensorInfo | None) -> None:
         if ORIGIN in like.meta:
             node.meta[ORIGIN] = dataclasses.replace(origin(like), call=False)
@@ -142,13 +160,19 @@ class Editor:
         """
         new_kwargs = dict(kwargs or {})
         same = node.op == "call_function" and node.target is target
-        if same and node.args == args and dict(node.kwargs) == new_kwargs:
+        if same and _same(node.args, args) and _same(node.kwargs, new_kwargs):
             return False
         if not same:
             node.op, node.target = "call_function", target
         node.args, node.kwargs = args, new_kwargs
         self.counts["retargeted"] += 1
         return True
+
+    def retarget_method(self, node: fx.Node, method: str) -> None:
+        """Make `node`, a method call, call another method with the same arguments."""
+        if node.target != method:
+            node.target = method
+            self.counts["retargeted"] += 1
 
     def retarget_module(self, node: fx.Node, path: str, args: tuple[Any, ...]) -> bool:
         """Make `node` a ``call_module`` of the module at `path`; it keeps its name, place, users and origin.
@@ -176,6 +200,13 @@ class Editor:
         if node.args[index] is value:
             return
         node.update_arg(index, value)
+        self.counts["rewired"] += 1
+
+    def set_kwarg(self, node: fx.Node, name: str, value: Any) -> None:
+        """Set one keyword argument of `node`."""
+        if name in node.kwargs and _same(node.kwargs[name], value):
+            return
+        node.update_kwarg(name, value)
         self.counts["rewired"] += 1
 
     def map_args(self, node: fx.Node, change: Callable[[fx.Node], Any]) -> None:
@@ -225,6 +256,11 @@ class Editor:
         """Store a module at a dotted path."""
         owner_path, _, name = path.rpartition(".")
         self.make_modules(owner_path).add_module(name, module)
+        self.counts["stored"] += 1
+
+    def set_option(self, path: str, name: str, value: Any) -> None:
+        """Set a plain attribute of the module at a dotted path."""
+        setattr(attribute(self.gm, path), name, value)
         self.counts["stored"] += 1
 
     def make_modules(self, path: str) -> torch.nn.Module:

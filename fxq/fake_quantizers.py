@@ -91,6 +91,8 @@ class FoldedInto:
         """What the weight is multiplied by, float32, in a shape that broadcasts over it; no gradient flows."""
         with torch.no_grad():
             values = self.norm.factor().to(torch.float32)
+            if torch.compiler.is_compiling():
+                values = straight_through.keep(values)
             return along_outputs(values, weight, groups=self.groups, transposed=self.transposed)
 
 
@@ -267,7 +269,7 @@ class FakeQuantizer(Quantizer):
     @property
     def _training_scale(self) -> Tensor:
         """The scale as a step's backward may keep it: not the tensor that the next forward changes in place."""
-        return self.scale.clone() if self.policy in ("moving-average", "max") else self.scale
+        return straight_through.keep(self.scale) if self.policy in ("moving-average", "max") else self.scale
 
     def _spread(self, scale: Tensor, x: Tensor) -> Tensor:
         if self.axis is None:

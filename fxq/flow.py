@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 
 from . import calibration
+from .batches import model_inputs, moved
+from .bias_correction import CORRECTIONS, Sampler, correct_biases
 from .errors import CalibrationError, ConvertError, ExportError, RecipeError
 from .fake_quantizers import POLICIES, ScalePolicy
 from .graph import state, update_state
@@ -25,7 +27,18 @@ if TYPE_CHECKING:
     from .backends.trt_engine import Engine
     from .rules import Findings
 
-__all__ = ["build", "calibrate", "convert", "export", "lint", "prepare", "prepare_qat", "quantize", "report", "trace"]
+__all__ = [
+    "build",
+    "calibrate",
+    "convert",
+    "export",
+    "lint",
+    "prepare",
+    "prepare_qat",
+    "quantize",
+    "report",
+    "trace",
+]
 
 DynamicShapes = str | Mapping[str, Mapping[int, str | tuple[int, int]]] | None
 
@@ -170,7 +183,7 @@ def prepare_qat(
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         if parameter.is_floating_point():
             parameter.requires_grad_(wanted.get(name, True))
-    _remember(gm, prepare=str(chosen))
+    _remember(gm, prepare=str(chosen), trains=True)
     return gm.train()
 
 
@@ -180,6 +193,7 @@ def calibrate(
     *,
     max_batches: int | None = None,
     progress: bool = True,
+    bias_correction: bool = True,
     performance_only: bool = False,
 ) -> calibration.CalibrationReport:
     """Feed data to the observers of `prepared` and solve their scales.
@@ -190,6 +204,9 @@ def calibrate(
             as labels, are dropped), or a dict by input name. About 500 images in all are usual (R34).
         max_batches: Stop after so many.
         progress: Show a progress bar if stderr is a terminal.
+        bias_correction: Also take out the mean error that quantization leaves in each channel
+            (:mod:`fxq.bias_correction`); costs two more forwards over a part of the data. A graph that is to
+            be trained is left alone: training moves its biases itself.
         performance_only: With ``batches=None``: calibrate on random data, good for measuring speed and
             nothing else. The report and the exported file say so.
 
@@ -210,9 +227,22 @@ def calibrate(
         raise CalibrationError("this graph is converted already", hint="calibrate what fxq.prepare returned")
     if batches is None:
         batches = calibration.random_batches(held.example_args, held.example_kwargs)
-    found = calibration.calibrate(prepared, batches, max_batches=max_batches, progress=progress)
+    sampler = Sampler(prepared, [batches] if isinstance(batches, torch.Tensor | Mapping) else batches)
+    found = calibration.calibrate(prepared, sampler, max_batches=max_batches, progress=progress)
+    wanted = bias_correction and not performance_only and not held.provenance.get("trains")
+    _correct_biases(prepared, sampler.kept if wanted else [])
     _remember(prepared, calibration={"batches": found.batches, "performance_only": performance_only})
     return found
+
+
+def _correct_biases(prepared: fx.GraphModule, kept: list[Any]) -> None:
+    """Store what the biases are to gain; nothing if no batch was kept."""
+    holder = torch.nn.Module()
+    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    inputs = [moved(model_inputs(prepared, batch), device) for batch in kept]
+    for name, correction in (correct_biases(prepared, inputs) if inputs else {}).items():
+        holder.register_buffer(name, correction.clone())
+    prepared.add_module(CORRECTIONS, holder)
 
 
 def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.GraphModule:
@@ -329,7 +359,7 @@ def quantize(
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there is no batch to calibrate on", hint="pass an iterable of inputs")
-    args, kwargs = calibration.model_inputs(model, first)
+    args, kwargs = model_inputs(model, first)
     prepared = prepare(model, args, example_kwargs=kwargs, recipe=recipe, target=target)
     calibrate(prepared, itertools.chain([first], iterator), max_batches=max_batches, progress=progress)
     return convert(prepared)

@@ -256,17 +256,14 @@ _also("softmax", F.softmax, "input dim _stacklevel dtype")
 _also("log_softmax", F.log_softmax, "input dim _stacklevel dtype")
 
 # What an in-place call computes, by the function that computes it out of place.
-_INPLACE.update(
-    {
-        operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-        operator.itruediv: operator.truediv, operator.ipow: operator.pow, torch.relu_: torch.relu, F.relu_: torch.relu,
-        torch.sigmoid_: torch.sigmoid, torch.tanh_: torch.tanh, torch.clamp_: torch.clamp, torch.exp_: torch.exp,
-        torch.sqrt_: torch.sqrt, torch.neg_: torch.neg, torch.abs_: torch.abs, F.leaky_relu_: F.leaky_relu,
-        F.elu_: F.elu, F.hardtanh_: F.hardtanh, F.celu_: F.celu, F.selu_: F.selu,
-        torch.dropout_: torch.dropout, torch.rsqrt_: torch.rsqrt, torch.floor_: torch.floor, torch.ceil_: torch.ceil,
-        torch.square_: torch.square, torch.log_: torch.log, torch.reciprocal_: torch.reciprocal,
-    }
-)  # fmt: skip
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift",
+              "matmul"):  # fmt: skip
+    _INPLACE[getattr(operator, f"i{_name.rstrip('_')}")] = getattr(operator, _name)
+for _room in (torch, F):
+    for _name in dir(_room):
+        _plain = getattr(_room, _name[:-1], None)
+        if _name.endswith("_") and not _name.startswith("_") and callable(_plain):
+            _INPLACE[getattr(_room, _name)] = _plain
 
 
 @dataclass(frozen=True)

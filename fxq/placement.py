@@ -211,7 +211,7 @@ def count(gm: fx.GraphModule, rows: Iterable[OpRow]) -> Totals:
     weighted = [row for row in rows if row.weighted]
     skips = [row for row in rows if not row.weighted and row.kind == "add"]
     quantized = [n for n in gm.graph.nodes if quantizer_of(n) is not None or n.target is DEQUANTIZE]
-    weights = [n for n in quantized if _tensor_of(n).op == "get_attr"]
+    weights = [_as_read(n) for n in quantized if _tensor_of(n).op == "get_attr"]
     before, after = _bytes(gm, weights)
     return Totals(
         weighted=sum(row.weighted for row in weighted),
@@ -245,6 +245,11 @@ def _bytes(gm: fx.GraphModule, weights: Iterable[fx.Node]) -> tuple[int, int]:
     leaves = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and quantizer_of(n) is None}
     whole = sum(t.nbytes for path in leaves for t in attribute(gm, path).state_dict().values())
     return before + whole, after + whole
+
+
+def _as_read(real: fx.Node) -> fx.Node:
+    """What operations read of a dequantized tensor: itself, or the cast behind it."""
+    return next((user for user in real.users if is_dequantized(user)), real)
 
 
 def _only_scales(node: fx.Node) -> bool:

@@ -80,7 +80,8 @@ class Report:
         console = Console(
             file=out, width=columns, color_system=None, highlight=False, markup=False, emoji=False
         )
-        console.print(self.summary(), soft_wrap=True)
+        for line in _wrapped("", self.summary(), columns):
+            console.print(line, soft_wrap=True)
         for warning in self.warnings:
             console.print(f"WARNING: {warning}", soft_wrap=True)
         if self.rows:
@@ -148,13 +149,11 @@ def _totals_lines(totals: Totals) -> Iterator[str]:
     t = totals
     yield f"weighted operations  {t.weighted_quantized} of {t.weighted} quantized"
     if t.residuals:
-        others = t.skips_quantized - t.identity_skips_quantized
+        projected = t.skips_quantized - t.identity_skips_quantized
         kinds = (
-            f" ({t.identity_skips_quantized} identity, {others} from a convolution)"
-            if t.skips_quantized
-            else ""
+            f" ({t.identity_skips_quantized} identity, {projected} projected)" if t.skips_quantized else ""
         )
-        yield f"residual additions   {t.skips_quantized} of {t.residuals} with a quantized skip{kinds}"
+        yield f"residual additions   {t.skips_quantized} of {t.residuals} skips quantized{kinds}"
     yield (
         f"quantizers           {t.activation_quantizers + t.weight_quantizers}: "
         f"{t.activation_quantizers} of activations, {t.weight_quantizers} of weights"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .recipe import QDType
 
-__all__ = ["SMALLEST_SCALE", "ScaleGradient", "fake_quantize", "fake_quantize_weight"]
+__all__ = ["SMALLEST_SCALE", "ScaleGradient", "fake_quantize", "fake_quantize_weight", "keep"]
 
 SMALLEST_SCALE: Final = 2.0**-100
 """What a learned scale counts as where an optimizer drove it below; its gradient is as if it were not."""
@@ -32,6 +32,22 @@ _PIECE: Final = 1 << 17
 
 _HALF: Final = 0.5000001
 """Half to even rounds qmin - 0.5 (qmin is even or 0) into the range, and qmax + 0.5 (qmax is odd) out of it."""
+
+
+torch.library.define("fxq::keep", "(Tensor x) -> Tensor")
+torch.library.impl("fxq::keep", "CompositeExplicitAutograd", torch.clone)
+
+
+def keep(x: Tensor) -> Tensor:
+    """A copy of x, which needs no gradient, as backward is to see it.
+
+    Under torch.compile, backward may compute again what forward computed, and then finds running statistics and scales
+    that the same forward has changed in place. It never computes a custom operator again.
+    """
+    if not torch.compiler.is_compiling():
+        return x.clone()
+    result: Tensor = torch.ops.fxq.keep(x)
+    return result
 
 
 class ScaleGradient(enum.Enum):
@@ -119,7 +135,8 @@ def _traced(x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gr
     if gradient is not ScaleGradient.NONE:
         held = scale * gradient_scale + (scale.clamp(min=SMALLEST_SCALE) - scale * gradient_scale).detach()
     inner = held.detach() if gradient is ScaleGradient.PACT else held
-    steps = x.float() / inner
+    # Kept within one step of the range, infinities do not meet in a difference.
+    steps = (x.float() / inner).clamp(dtype.qmin - 1, dtype.qmax + 1)
     steps = steps + (steps.round() - steps).detach()
     real = steps.clamp(dtype.qmin, dtype.qmax) * inner
     if gradient is ScaleGradient.PACT:

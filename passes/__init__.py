@@ -6,6 +6,7 @@ from .advise import Advise
 from .annotate import Annotate
 from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
+from .correct_biases import CorrectBiases
 from .drop_identities import DropIdentities
 from .expand_modules import ExpandModules
 from .finish_training import FinishTraining
@@ -27,6 +28,7 @@ __all__ = [
     "Annotate",
     "Canonicalize",
     "ConvertQuantizers",
+    "CorrectBiases",
     "DropIdentities",
     "ExpandModules",
     "FinishTraining",

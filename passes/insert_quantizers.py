@@ -10,7 +10,7 @@ from torch import fx
 
 from ..editor import Editor
 from ..errors import TraceError
-from ..graph import Annotation, constant, error_at
+from ..graph import Annotation, constant, edge_annotations, error_at
 from ..passbase import Pass
 from ..quantizer import QUANTIZERS, Quantizer
 from ..verify import is_quantizer
@@ -58,10 +58,20 @@ class InsertQuantizers(Pass):
                 )
                 editor.annotate(user, edge, replace(annotation, reason=reason))
         if any(edge == "output" for _, edge, _ in edges):
-            editor.replace(tensor, quantizer)
-            return
+            editor.replace(
+                tensor, quantizer, only=lambda user: user is not quantizer and not _reads_float(user, tensor)
+            )
         for user, edge, _ in edges:
-            editor.set_arg(user, edge, quantizer)  # type: ignore[arg-type]
+            if isinstance(edge, int):
+                editor.set_arg(user, edge, quantizer)
+
+
+def _reads_float(user: fx.Node, tensor: fx.Node) -> bool:
+    """Whether an edge of `user` was decided to read `tensor` in float."""
+    return any(
+        annotation.spec is None and isinstance(edge, int) and user.args[edge] is tensor
+        for edge, annotation in edge_annotations(user).items()
+    )
 
 
 def _new_quantizer(editor: Editor, tensor: fx.Node, annotation: Annotation) -> fx.Node:

@@ -10,6 +10,7 @@ from .advise import Advise
 from .annotate import Annotate
 from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
+from .correct_biases import CorrectBiases
 from .drop_identities import DropIdentities
 from .expand_modules import ExpandModules
 from .finish_training import FinishTraining
@@ -49,5 +50,5 @@ PREPARE_QAT: Final = replace(
 )
 """Traced graph to a graph with fake quantizers in the same places, which trains."""
 
-CONVERT: Final = Pipeline("convert", (FinishTraining(), ConvertQuantizers()))
+CONVERT: Final = Pipeline("convert", (FinishTraining(), CorrectBiases(), ConvertQuantizers()))
 """Calibrated or trained graph to a graph with explicit quantize and dequantize operations."""

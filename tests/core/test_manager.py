@@ -56,8 +56,8 @@ def names(pipeline: Pipeline) -> list[str]:
 
 def test_the_prepare_pipeline() -> None:
     assert str(PREPARE) == (
-        "prepare(functionalize, expand-modules, canonicalize, drop-identities, fuse-batch-norm, annotate, advise, "
-        "residual-add, tie-scales, insert-quantizers)"
+        "prepare(functionalize, expand-modules, canonicalize, drop-identities, fuse-batch-norm, annotate, "
+        "advise, residual-add, tie-scales, insert-quantizers)"
     )
     assert names(CONVERT)[-1] == "convert-quantizers"
     PREPARE.check_order(frozenset({"traced"}))
@@ -138,7 +138,7 @@ def test_unknown_properties() -> None:
 
 
 def test_the_log_is_honest() -> None:
-    """On every model of the toys, each pass says modified exactly if the text changed; a second run changes nothing."""
+    """Each pass says modified exactly if the text changed, and a second run of it changes nothing."""
     for build, shape in (
         (lenet, (1, 1, 28, 28)),
         (basic_net, X),
@@ -213,7 +213,9 @@ def test_verification_names_pass_and_node() -> None:
     assert caught.value.node == "relu"
     assert "toys.py:" in str(caught.value.source)
     (note,) = caught.value.__notes__
-    assert note == "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, canonicalize"
+    assert (
+        note == "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, canonicalize"
+    )
 
 
 def test_verification_can_be_turned_off() -> None:
@@ -253,7 +255,7 @@ def test_errors_for_users_are_theirs() -> None:
 
 
 def chain(length: int) -> nn.Module:
-    """`length` nodes in a row: modules with weights, residual additions from the start, concatenations, activations."""
+    """`length` nodes in a row: layers, additions of the input, concatenations, data movement."""
 
     class Chain(nn.Module):
         def __init__(self) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from golden import check_golden
-from placing import MAX, Lambda, annotated, prepared
+from placing import MAX, Lambda, annotated, convert, prepared
 from torch import Tensor, fx, nn
 from toys import basic_net, branches, image, lenet, seeded, traced
 
-import fxq
+from fxq.calibration import calibrate
 from fxq.printer import format_graph, format_numbers
 from fxq.quantizer import quantizers
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
@@ -36,22 +36,24 @@ def test_every_stage_of_one_model() -> None:
         channels = () if quantizer.axis is None else (8 if "stem" in quantizer.tensor else 4,)
         quantizer.set_parameters(torch.full(channels, 0.5), torch.zeros(channels, dtype=torch.int32))
     check_golden("core/printer_calibrated", format_graph(gm))
-    check_golden("core/printer_converted", format_graph(fxq.convert(gm)))
+    check_golden("core/printer_converted", format_graph(convert(gm)))
 
 
 def test_values_of_every_kind() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     y = graph.call_function(operator.getitem, (x, (slice(None), slice(1, None, 2), ..., None, 0)))
-    values = ([x, (1,)], {"a": y, "b": [2.5, float("inf")]}, "text", True, None, torch.float16, torch.device("cpu"))
-    graph.call_function(operator.add, values, {"layout": torch.strided, "function": operator.mul})
+    values = ([x, (1,)], {"a": y, "b": [2.5, float("inf")]}, "text", True, None)
+    graph.call_function(operator.add, values, {"layout": torch.strided, "f": operator.mul})
+    types = (torch.float16, torch.device("cpu"), torch.channels_last)
+    graph.call_function(operator.sub, types)
     graph.output((y, {"z": x}))
     text = format_graph(fx.GraphModule(nn.Module(), graph))
     assert text.splitlines() == [
         "%x = placeholder()",
         "%getitem = getitem(%x, (:, 1::2, Ellipsis, None, 0))",
-        "%add = add([%x, (1,)], {'a': %getitem, 'b': [2.5, inf]}, 'text', True, None, float16, cpu, "
-        "layout=strided, function=mul)",
+        "%add = add([%x, (1,)], {'a': %getitem, 'b': [2.5, inf]}, 'text', True, None, layout=strided, f=mul)",
+        "%sub = sub(float16, cpu, channels_last)",
         "return (%getitem, {'z': %x})",
     ]
 
@@ -102,14 +104,16 @@ def test_numbers(values: Tensor, text: str) -> None:
 
 def test_a_scale_shows_where_it_is_used_and_its_buffer_does_not() -> None:
     gm = prepared(lenet(), image(1, 1, 28, 28), recipe=MAX)
-    fxq.calibrate(gm, [image(1, 1, 28, 28)], progress=False)
-    quantized = fxq.convert(gm)
+    calibrate(gm, [image(1, 1, 28, 28)], progress=False)
+    quantized = convert(gm)
     before = format_graph(quantized)
     assert "get_attr(quantizers." not in before
     assert before.count("= quantize(") == 5
     assert before.count("= dequantize(") == 10
     quantized.get_buffer("quantizers.view.scale").mul_(2)
-    changed = [a for a, b in zip(before.splitlines(), format_graph(quantized).splitlines(), strict=True) if a != b]
+    changed = [
+        a for a, b in zip(before.splitlines(), format_graph(quantized).splitlines(), strict=True) if a != b
+    ]
     assert [row.split(" ")[0] for row in changed] == ["%view_quantize", "%view_dequantize"]
 
 

@@ -27,7 +27,7 @@ from fxq.recipe import (
     spec_from,
 )
 
-FULL = QSpec("int8", True, "per-tensor", "max")
+FULL = QSpec("int8", symmetric=True, granularity="per-tensor", method="max")
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -50,17 +50,26 @@ def test_names_become_objects() -> None:
     assert isinstance(FULL.dtype, QDType)
     assert (FULL.dtype, FULL.granularity, FULL.method) == (DTYPES["int8"], PerTensor(), Method("max"))
     assert QSpec(granularity="per-channel").granularity == PerChannel(None)
-    assert QSpec(DTYPES["int8"], True, PerTensor(), Method("max")) == FULL
+    assert QSpec(DTYPES["int8"], symmetric=True, granularity=PerTensor(), method=Method("max")) == FULL
     assert hash(QSpec("int8")) == hash(QSpec(DTYPES["int8"]))
 
 
 def test_over_fills_what_is_open() -> None:
     assert QSpec().over(FULL) == FULL
-    assert QSpec(method="entropy").over(FULL) == QSpec("int8", True, "per-tensor", "entropy")
-    assert QSpec("uint8", False).over(FULL) == QSpec("uint8", False, "per-tensor", "max")
+    assert QSpec(method="entropy").over(FULL) == QSpec(
+        "int8", symmetric=True, granularity="per-tensor", method="entropy"
+    )
+    assert QSpec("uint8", symmetric=False).over(FULL) == QSpec(
+        "uint8", symmetric=False, granularity="per-tensor", method="max"
+    )
     assert QSpec(symmetric=False).over(FULL).symmetric is False
     # FP8 has no zero point, whatever the default is.
-    assert QSpec("float8_e4m3fn").over(QSpec("uint8", False, "per-tensor", "max")).symmetric is True
+    assert (
+        QSpec("float8_e4m3fn")
+        .over(QSpec("uint8", symmetric=False, granularity="per-tensor", method="max"))
+        .symmetric
+        is True
+    )
 
 
 def test_complete() -> None:
@@ -81,8 +90,11 @@ def test_reading_an_incomplete_spec() -> None:
 
 TEXTS = [
     (FULL, "int8 per-tensor max"),
-    (QSpec("uint8", False, PerChannel(1), "entropy"), "uint8 asymmetric per-channel(1) entropy"),
-    (QSpec("int4", True, "per-channel"), "int4 per-channel"),
+    (
+        QSpec("uint8", symmetric=False, granularity=PerChannel(1), method="entropy"),
+        "uint8 asymmetric per-channel(1) entropy",
+    ),
+    (QSpec("int4", symmetric=True, granularity="per-channel"), "int4 per-channel"),
     (QSpec(), "?"),
     (QSpec(method="mse"), "? mse"),
 ]
@@ -190,7 +202,7 @@ specs = st.builds(
     symmetric=st.one_of(st.none(), st.booleans()),
     granularity=st.one_of(st.none(), granularities),
     method=st.one_of(st.none(), methods),
-) | st.just(QSpec("float8_e4m3fn", True))
+) | st.just(QSpec("float8_e4m3fn", symmetric=True))
 wishes = st.one_of(st.none(), st.just("keep"), specs)
 edge_specs = st.builds(EdgeSpecs, input=wishes, weight=wishes, output=wishes)
 text = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(lambda t: t != "op:")
@@ -221,7 +233,7 @@ rules:
         [
             Rule("classifier", None, "logits hurt"),
             Rule("op:conv*", QSpec(method=Method("percentile", 99.9), granularity=PerChannel(0))),
-            Rule("layer1.*", EdgeSpecs(input=QSpec("uint8", False), output=None)),
+            Rule("layer1.*", EdgeSpecs(input=QSpec("uint8", symmetric=False), output=None)),
         ]
     )
 
@@ -253,8 +265,14 @@ WRONG_FILES = {
     "a misspelt key": ("rules: [{match: a, spec: null, resaon: x}]", "is no rule"),
     "a number to match": ("rules: [{match: 3, spec: null}]", "match and reason are text"),
     "an unknown field": ("rules: [{match: a, spec: {bits: 8}}]", "rule 0: {'bits': 8} is no spec"),
-    "a field beside edges": ("rules: [{match: a, spec: {input: null, dtype: int8}}]", "['dtype'] beside input"),
-    "an unknown granularity": ("rules: [{match: a, spec: {granularity: {per-block: 0}}}]", "is no granularity"),
+    "a field beside edges": (
+        "rules: [{match: a, spec: {input: null, dtype: int8}}]",
+        "['dtype'] beside input",
+    ),
+    "an unknown granularity": (
+        "rules: [{match: a, spec: {granularity: {per-block: 0}}}]",
+        "is no granularity",
+    ),
     "an unknown option": ("rules: [{match: a, spec: {method: {name: max, window: 3}}}]", "is no method"),
     "a second rule": ("rules: [{match: a, spec: null}, {match: b, spec: 8}]", "rule 1: 8 is no spec"),
 }

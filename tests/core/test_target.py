@@ -20,7 +20,16 @@ DATA: dict[str, Any] = {
     "name": "toy",
     "activation": {"dtype": "uint8", "symmetric": False, "granularity": "per-tensor", "method": "max"},
     "weight": {"dtype": "int8", "symmetric": True, "granularity": "per-channel", "method": "max"},
-    "ops": [{"kinds": ["conv2d", "linear"], "inputs": [0], "weight": 1, "weight_axis": 0, "rule": "R20", "reason": "why"}],
+    "ops": [
+        {
+            "kinds": ["conv2d", "linear"],
+            "inputs": [0],
+            "weight": 1,
+            "weight_axis": 0,
+            "rule": "R20",
+            "reason": "why",
+        }
+    ],
 }
 
 
@@ -68,7 +77,7 @@ def test_from_a_file(tmp_path: Path) -> None:
     for name in (path, str(path)):
         target = Target.load(name)
         assert target.name == "toy"
-        assert target.activation == QSpec("uint8", False, "per-tensor", "max")
+        assert target.activation == QSpec("uint8", symmetric=False, granularity="per-tensor", method="max")
         assert target.ops["linear"] == target.ops["conv2d"] == OpPlacement((0,), 1, 0, reason="why")
         assert target.residual == Residual()
         assert target.ties == frozenset()
@@ -80,7 +89,8 @@ def test_from_a_file(tmp_path: Path) -> None:
 def test_kinds() -> None:
     heuristic = {"rule": "R35", "check": "always", "kinds": ["conv3d"], "action": "advise", "reason": "why"}
     made = Target.from_data(
-        data(ties=["cat"], residual={"policy": "skip", "weighted": ["conv1d"]}, heuristics=[heuristic]), "here"
+        data(ties=["cat"], residual={"policy": "skip", "weighted": ["conv1d"]}, heuristics=[heuristic]),
+        "here",
     )
     assert made.kinds == {"conv2d", "linear", "cat", "conv1d", "conv3d"}
     assert made.heuristics == (Heuristic("R35", "always", frozenset({"conv3d"}), "advise", "why"),)
@@ -110,8 +120,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "an op without kinds": (data(ops=[{"rule": "R20", "reason": "why"}]), "not a target"),
     "an unknown policy": (data(residual={"policy": "both"}), "residual policy is 'both'"),
     "an unknown key of residual": (data(residual={"polices": "skip"}), "nothing is called polices"),
-    "an unknown action": (data(heuristics=[{**HEURISTIC, "action": "warn"}]), "action of heuristic R35 is 'warn'"),
-    "an unknown key of a heuristic": (data(heuristics=[{**HEURISTIC, "params": {}}]), "nothing is called params"),
+    "an unknown action": (
+        data(heuristics=[{**HEURISTIC, "action": "warn"}]),
+        "action of heuristic R35 is 'warn'",
+    ),
+    "an unknown key of a heuristic": (
+        data(heuristics=[{**HEURISTIC, "params": {}}]),
+        "nothing is called params",
+    ),
     "a list": ([1, 2], "nothing is called 1, 2"),
     "nothing": (None, "not a target"),
     "text": ("tensorrt", "nothing is called"),

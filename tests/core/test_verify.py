@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from placing import MAX, before, node, prepared
+from placing import MAX, before, convert, node, prepared
 from torch import fx, nn
 from toys import basic_net, image, lenet, plain_state, traced
 
-import fxq
+from fxq.calibration import calibrate
 from fxq.editor import Editor
 from fxq.errors import PassError, VerifyError
 from fxq.graph import Annotation, edge_annotations, state
@@ -35,8 +35,8 @@ def observed() -> fx.GraphModule:
 
 def quantized() -> fx.GraphModule:
     gm = observed()
-    fxq.calibrate(gm, [image(*X)], progress=False)
-    return fxq.convert(gm)
+    calibrate(gm, [image(*X)], progress=False)
+    return convert(gm)
 
 
 @pytest.mark.parametrize("build", [graph, observed, quantized])
@@ -45,7 +45,15 @@ def test_what_fxq_makes_is_legal(build: Callable[[], fx.GraphModule]) -> None:
 
 
 def test_properties() -> None:
-    assert list(PROPERTIES) == ["traced", "functional", "canonical", "fused", "annotated", "observed", "quantized"]
+    assert list(PROPERTIES) == [
+        "traced",
+        "functional",
+        "canonical",
+        "fused",
+        "annotated",
+        "observed",
+        "quantized",
+    ]
     assert unknown(("traced", "fussed", "observed")) == ["fussed"]
     assert state(quantized()).properties == set(PROPERTIES)
 
@@ -113,24 +121,32 @@ def change(gm: fx.GraphModule, name: str, edge: int | str, annotation: Annotatio
 
 
 def test_annotated() -> None:
-    full = QSpec("int8", True, "per-tensor", "max")
+    full = QSpec("int8", symmetric=True, granularity="per-tensor", method="max")
     cases = {
         "annotates edge 7, which it does not have": (7, Annotation(None, "R1", "why")),
         "annotates edge -1, which it does not have": (-1, Annotation(None, "R1", "why")),
         "annotates edge input, which it does not have": ("input", Annotation(full, "R1", "why")),
         "annotates edge 0 without a rule": (0, Annotation(full, "", "why")),
-        "annotates edge 0 with a spec that leaves something open": (0, Annotation(QSpec("int8"), "R1", "why")),
+        "annotates edge 0 with a spec that leaves something open": (
+            0,
+            Annotation(QSpec("int8"), "R1", "why"),
+        ),
     }
     for message, (edge, annotation) in cases.items():
         gm = before("insert-quantizers", lenet(), image(1, 1, 28, 28))
-        assert breach(change(gm, "relu", edge, annotation)).message == f"the graph is not annotated: relu {message}"
+        assert (
+            breach(change(gm, "relu", edge, annotation)).message
+            == f"the graph is not annotated: relu {message}"
+        )
 
 
 def test_observed_second_quantizer() -> None:
     gm = observed()
     editor = Editor(gm)
     tensor = node(gm, "stem_2")
-    editor.set_module("quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None))
+    editor.set_module(
+        "quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None)
+    )
     with editor.after(tensor):
         editor.call_module("quantizers.again", (tensor,), like=tensor)
     assert "is a second quantizer on one tensor (R29)" in breach(gm).message
@@ -140,7 +156,9 @@ def test_observed_quantizer_of_a_quantizer() -> None:
     gm = observed()
     editor = Editor(gm)
     inner = node(gm, "stem_2_quantizer")
-    editor.set_module("quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None))
+    editor.set_module(
+        "quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None)
+    )
     with editor.after(inner):
         editor.call_module("quantizers.again", (inner,), like=inner)
     assert "quantizes what is quantized already" in breach(gm).message

@@ -40,7 +40,8 @@ def conv(inputs: int, outputs: int, kernel: Any = 3, groups: int = 1) -> nn.Conv
     return nn.Conv2d(inputs, outputs, kernel, groups=groups, padding="same")
 
 
-# R35: IC or OC below 16, except with one of them in eights, a square kernel, and first in the network or one from 16 on.
+# R35: IC or OC below 16, except with one of them in eights, a square kernel, and first in the network or one
+# from 16 on.
 SMALL = [
     (16, 16, 3, None),
     (8, 16, 3, None),

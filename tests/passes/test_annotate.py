@@ -15,6 +15,7 @@ from placing import (
     annotated,
     before,
     check_pass,
+    convert,
     decided,
     node,
     notes,
@@ -25,7 +26,7 @@ from placing import (
 from torch import Tensor, nn
 from toys import basic_net, image, lenet, seeded
 
-import fxq
+from fxq.calibration import calibrate
 from fxq.errors import RecipeError, TargetError
 from fxq.graph import edge_annotations
 from fxq.ops import kind_name
@@ -111,7 +112,7 @@ def test_weights_are_quantized_per_output_channel(case: str) -> None:
     (quantizer,) = [q for q in quantizers(gm).values() if q.weight]
     assert quantizer.axis == axis
     assert quantizer.spec.axis == axis
-    fxq.calibrate(gm, [image(*shape)], progress=False)
+    calibrate(gm, [image(*shape)], progress=False)
     (weight,) = [p for n, p in model.named_parameters() if not n.endswith("bias")]
     channels = () if axis is None else (weight.shape[axis],)
     assert tuple(quantizer.scale.shape) == channels
@@ -142,7 +143,9 @@ def test_logits_and_biases_stay_float() -> None:
 
 
 def test_a_computed_weight_declines() -> None:
-    model = seeded(lambda: Lambda(lambda m, x: F.conv2d(x, m.conv.weight * 2, m.conv.bias), conv=nn.Conv2d(3, 4, 3)))
+    model = seeded(
+        lambda: Lambda(lambda m, x: F.conv2d(x, m.conv.weight * 2, m.conv.bias), conv=nn.Conv2d(3, 4, 3))
+    )
     result = check_pass(Annotate(), before("annotate", model, image(1, 3, 8, 8)))
     assert not result.modified
     (note,) = result.notes
@@ -151,7 +154,11 @@ def test_a_computed_weight_declines() -> None:
 
 
 def test_integers_have_nothing_to_quantize() -> None:
-    gm = annotated(Lambda2(lambda _, x, y: x @ y), torch.ones(2, 3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64))
+    gm = annotated(
+        Lambda2(lambda _, x, y: x @ y),
+        torch.ones(2, 3, dtype=torch.int64),
+        torch.ones(3, 2, dtype=torch.int64),
+    )
     assert decided(gm, "matmul") == {}
 
 
@@ -183,8 +190,12 @@ def test_globs_hold_for_what_is_inside() -> None:
     inside = {n for n in everything if n.startswith("blocks_1_")}
     for match in ("blocks.1", "blocks.1*", "*.1", "blocks.?"):
         found = set(low(basic_net(), x, recipe=rules(Rule(match, None))))
-        assert found == everything - (inside if match != "blocks.?" else {n for n in everything if "blocks" in n}), match
-    assert set(low(basic_net(), x, recipe=rules(Rule("blocks.1.downsample", None)))) == everything - {"blocks_1_downsample_1"}
+        assert found == everything - (
+            inside if match != "blocks.?" else {n for n in everything if "blocks" in n}
+        ), match
+    assert set(low(basic_net(), x, recipe=rules(Rule("blocks.1.downsample", None)))) == everything - {
+        "blocks_1_downsample_1"
+    }
 
 
 def test_a_type_holds_for_what_is_inside() -> None:
@@ -229,10 +240,13 @@ def test_the_last_match_wins_edge_by_edge() -> None:
 
 def test_edge_specs_quantize_what_the_target_leaves_float() -> None:
     recipe = rules(
-        Rule("op:relu", EdgeSpecs(output=QSpec())), Rule("op:max_pool2d", EdgeSpecs(input=QSpec(), weight="keep"))
+        Rule("op:relu", EdgeSpecs(output=QSpec())),
+        Rule("op:max_pool2d", EdgeSpecs(input=QSpec(), weight="keep")),
     )
     gm = annotated(lenet(), image(*DIGITS), recipe=recipe)
-    assert [decided(gm, n.name) for n in of_kind(gm, "relu")] == [{"output": "int8 per-tensor mse recipe"}] * 4
+    assert [decided(gm, n.name) for n in of_kind(gm, "relu")] == [
+        {"output": "int8 per-tensor mse recipe"}
+    ] * 4
     assert [decided(gm, n.name) for n in of_kind(gm, "max_pool2d")] == [{0: "int8 per-tensor mse recipe"}] * 2
 
 
@@ -244,7 +258,9 @@ def test_edge_specs_reach_modules_kept_whole() -> None:
 
 def test_a_parameter_is_a_weight_wherever_it_is_read() -> None:
     model = Lambda(lambda m, x: x * m.gain, gain=nn.Parameter(image(4)))
-    gm = annotated(model, image(2, 4), recipe=rules(Rule("op:mul", EdgeSpecs(weight=QSpec(granularity="per-tensor")))))
+    gm = annotated(
+        model, image(2, 4), recipe=rules(Rule("op:mul", EdgeSpecs(weight=QSpec(granularity="per-tensor"))))
+    )
     (edge,) = decided(gm, "mul")
     assert reads(gm, "mul")[int(edge)] == "gain"
 
@@ -276,8 +292,16 @@ WRONG: dict[str, tuple[Rule, str, str]] = {
         "module paths here: conv1, conv2, fc1, fc2, fc3; op kinds: conv2d, linear, max_pool2d",
     ),
     "part of a name": (Rule("fc", None), "rule 0 ('fc') matches no operation", "module paths here"),
-    "an op kind that is not there": (Rule("op:conv3d", MAX), "rule 0 ('op:conv3d') matches no operation", "op kinds"),
-    "a type that is not there": (Rule(nn.Conv3d, None), "rule 0 (Conv3d) matches no operation", "module paths"),
+    "an op kind that is not there": (
+        Rule("op:conv3d", MAX),
+        "rule 0 ('op:conv3d') matches no operation",
+        "op kinds",
+    ),
+    "a type that is not there": (
+        Rule(nn.Conv3d, None),
+        "rule 0 (Conv3d) matches no operation",
+        "module paths",
+    ),
     "a predicate that never holds": (Rule(lambda n: False, None), "matches no operation", "module paths"),  # noqa: ARG005
     "a bare spec on what stays float": (
         Rule("op:relu", QSpec()),
@@ -331,7 +355,12 @@ def test_excluding_what_is_float_anyway_is_no_error() -> None:
 
 
 def test_negative_axes_count_from_the_back() -> None:
-    recipe = rules(Rule("fc1", EdgeSpecs(input=QSpec(granularity=PerChannel(-1)), weight=QSpec(granularity=PerChannel(-2)))))
+    recipe = rules(
+        Rule(
+            "fc1",
+            EdgeSpecs(input=QSpec(granularity=PerChannel(-1)), weight=QSpec(granularity=PerChannel(-2))),
+        )
+    )
     gm = annotated(lenet(), image(*DIGITS), recipe=recipe)
     specs = [edge_annotations(node(gm, "fc1"))[edge].spec for edge in (0, 1)]
     assert [spec.axis for spec in specs if spec is not None] == [1, 0]
@@ -356,14 +385,15 @@ def test_a_target_that_quantizes_outputs() -> None:
 
 def test_a_target_with_asymmetric_activations() -> None:
     target = replace(
-        Target.load("tensorrt"), activation=QSpec("uint8", symmetric=False, granularity="per-tensor", method="max")
+        Target.load("tensorrt"),
+        activation=QSpec("uint8", symmetric=False, granularity="per-tensor", method="max"),
     )
     gm = prepared(lenet(), image(*DIGITS), target=target)
-    fxq.calibrate(gm, [image(*DIGITS)], progress=False)
+    calibrate(gm, [image(*DIGITS)], progress=False)
     held = quantizers(gm)
     assert int(held["x"].zero_point) > 0  # the image has negative values
     assert int(held["max_pool2d"].zero_point) == 0  # behind a ReLU there are none
-    quantized = fxq.convert(gm)
+    quantized = convert(gm)
     with torch.no_grad():
         error = (quantized(image(*DIGITS)) - lenet()(image(*DIGITS))).abs().max()
     assert 0 < error < 0.01

@@ -16,6 +16,7 @@ from placing import (
     Lambda,
     activation_quantizers,
     check_pass,
+    convert,
     fake_quantized,
     node,
     of_kind,
@@ -35,6 +36,7 @@ from toys import (
 )
 
 import fxq
+from fxq.calibration import calibrate
 from fxq.errors import CalibrationError, ConvertError
 from fxq.graph import edge_annotations, state, tensor_info
 from fxq.passes.convert_quantizers import ConvertQuantizers
@@ -47,15 +49,17 @@ from fxq.verify import is_quantizer
 X = (2, 3, 16, 16)
 
 
-def calibrated(model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt") -> fx.GraphModule:
+def calibrated(
+    model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt"
+) -> fx.GraphModule:
     gm = prepared(model, *args, recipe=recipe, target=target)
-    fxq.calibrate(gm, [args], progress=False)
+    calibrate(gm, [args], progress=False)
     return gm
 
 
 def bit_equal(gm: fx.GraphModule, *args: Tensor) -> fx.GraphModule:
-    """Convert; what comes out is bit for bit what the quantizers in mode QUANTIZE give. Gives the converted graph."""
-    quantized = fxq.convert(gm)
+    """The converted graph, which gives bit for bit what the quantizers in mode QUANTIZE give."""
+    quantized = convert(gm)
     with torch.no_grad():
         expected, got = fake_quantized(gm)(*args), quantized(*args)
     assert got.dtype == expected.dtype
@@ -68,7 +72,9 @@ def test_golden_and_second_run() -> None:
     """Scales set by hand, so that the text depends on no arithmetic."""
     gm = prepared(basic_net(), image(*X), recipe=MAX)
     for index, quantizer in enumerate(quantizers(gm).values()):
-        channels = () if quantizer.axis is None else (gm.get_parameter(_weight_path(gm, quantizer.tensor)).shape[0],)
+        channels = (
+            () if quantizer.axis is None else (gm.get_parameter(_weight_path(gm, quantizer.tensor)).shape[0],)
+        )
         quantizer.set_parameters(torch.full(channels, 2.0**-index), torch.zeros(channels, dtype=torch.int32))
     result = check_pass(ConvertQuantizers(), gm, "passes/convert_basic")
     assert {"quantized", "observed"} <= state(result.graph_module).properties
@@ -147,7 +153,9 @@ def test_any_spec_on_any_edge(dtype: str, symmetric: bool, output: bool, seed: i
 
 
 def test_output_quantizers() -> None:
-    recipe = Recipe([Rule("op:relu", EdgeSpecs(output=QSpec(method="max"))), Rule("fc3", EdgeSpecs(output=QSpec()))])
+    recipe = Recipe(
+        [Rule("op:relu", EdgeSpecs(output=QSpec(method="max"))), Rule("fc3", EdgeSpecs(output=QSpec()))]
+    )
     gm = calibrated(lenet(), image(2, 1, 28, 28), recipe=recipe)
     quantized = bit_equal(gm, image(2, 1, 28, 28))
     for relu in of_kind(quantized, "relu"):
@@ -177,14 +185,14 @@ def test_models_of_another_type_get_it_back(dtype: torch.dtype) -> None:
 def test_prepared_stays_usable() -> None:
     gm = calibrated(basic_net(), image(*X))
     text, keys = format_graph(gm), {k: v.clone() for k, v in gm.state_dict().items()}
-    first = fxq.convert(gm)
+    first = convert(gm)
     assert format_graph(gm) == text
     assert all(torch.equal(v, keys[k]) for k, v in gm.state_dict().items())
-    second = fxq.convert(gm)
+    second = convert(gm)
     assert format_graph(first) == format_graph(second)
     assert torch.equal(first(image(*X)), second(image(*X)))
-    fxq.calibrate(gm, [3 * image(*X)], progress=False)
-    third = fxq.convert(gm)
+    calibrate(gm, [3 * image(*X)], progress=False)
+    third = convert(gm)
     assert float(third.get_buffer("quantizers.x.scale")) > float(first.get_buffer("quantizers.x.scale"))
 
 
@@ -198,7 +206,7 @@ def test_converting_twice() -> None:
 
 def test_state_dict() -> None:
     gm = calibrated(basic_net(), image(*X))
-    quantized = fxq.convert(gm)
+    quantized = convert(gm)
     keys = set(quantized.state_dict())
     model_keys = {k for k in gm.state_dict() if not k.startswith("quantizers.")}
     assert {k for k in keys if not k.startswith("quantizers.")} == model_keys
@@ -206,14 +214,14 @@ def test_state_dict() -> None:
     assert {k for k in keys if k.startswith("quantizers.")} == {
         f"quantizers.{t}.{what}" for t in tensors for what in ("scale", "zero_point")
     }
-    fresh = fxq.convert(calibrated(basic_net(), 2 * image(*X)))
+    fresh = convert(calibrated(basic_net(), 2 * image(*X)))
     fresh.load_state_dict(quantized.state_dict())
     assert torch.equal(fresh(image(*X)), quantized(image(*X)))
 
 
 def test_weights_are_integer_buffers_at_their_own_key() -> None:
     model = lenet()
-    quantized = fxq.convert(calibrated(model, image(1, 1, 28, 28), recipe=MAX))
+    quantized = convert(calibrated(model, image(1, 1, 28, 28), recipe=MAX))
     for name in ("conv1", "conv2", "fc1", "fc2", "fc3"):
         integers = quantized.get_buffer(f"{name}.weight")
         assert integers.dtype is torch.int8
@@ -227,7 +235,7 @@ def test_weights_are_integer_buffers_at_their_own_key() -> None:
 
 
 def test_copies() -> None:
-    quantized = fxq.convert(calibrated(basic_net(), image(*X)))
+    quantized = convert(calibrated(basic_net(), image(*X)))
     twin = copy.deepcopy(quantized)
     assert format_graph(twin) == format_graph(quantized)
     for name in ("target", "recipe", "properties", "notes", "provenance"):
@@ -240,9 +248,9 @@ def test_copies() -> None:
 def test_nested_inputs_and_outputs() -> None:
     args = nested_inputs()
     gm = fxq.prepare(nested_model(), args)
-    fxq.calibrate(gm, [args], progress=False)
+    calibrate(gm, [args], progress=False)
     with torch.no_grad():
-        expected, got = fake_quantized(gm)(*args), fxq.convert(gm)(*args)
+        expected, got = fake_quantized(gm)(*args), convert(gm)(*args)
     assert torch.equal(got["sum"], expected["sum"])
     assert torch.equal(got["parts"][0], expected["parts"][0])
     assert torch.equal(got["parts"][1], args[0]["b"])
@@ -292,7 +300,7 @@ def test_tied_parameters() -> None:
 def test_unfed_quantizers_are_all_named() -> None:
     gm = prepared(lenet(), image(1, 1, 28, 28))
     with pytest.raises(CalibrationError) as caught:
-        fxq.convert(gm)
+        convert(gm)
     assert caught.value.message.startswith("5 quantizers have no scale")
     for name in activation_quantizers(gm):
         assert name in caught.value.message
@@ -300,7 +308,7 @@ def test_unfed_quantizers_are_all_named() -> None:
     assert "weight" not in caught.value.message
     assert "fxq.calibrate" in str(caught.value.hint)
     with pytest.raises(CalibrationError, match=r"no data: x, body_1 \(body\.1\)"):
-        fxq.convert(prepared(seeded(_Body), image(2, 8)))
+        convert(prepared(seeded(_Body), image(2, 8)))
 
 
 class _Body(nn.Module):
@@ -316,9 +324,9 @@ def test_a_failed_conversion_leaves_the_prepared_graph_alone() -> None:
     gm = prepared(lenet(), image(1, 1, 28, 28))
     text = format_graph(gm)
     with pytest.raises(CalibrationError):
-        fxq.convert(gm)
+        convert(gm)
     assert format_graph(gm) == text
-    fxq.calibrate(gm, [image(1, 1, 28, 28)], progress=False)
+    calibrate(gm, [image(1, 1, 28, 28)], progress=False)
     bit_equal(gm, image(1, 1, 28, 28))
 
 
@@ -333,7 +341,7 @@ def test_a_weight_with_a_scale_of_its_own_keeps_it() -> None:
 
 def test_nodes_and_their_origin() -> None:
     gm = calibrated(basic_net(), image(*X))
-    quantized = fxq.convert(gm)
+    quantized = convert(gm)
     real = node(quantized, "stem_2_dequantize")
     integers = real.args[0]
     assert isinstance(integers, fx.Node)
@@ -344,7 +352,9 @@ def test_nodes_and_their_origin() -> None:
     assert (scale.target, zero_point.target) == ("quantizers.stem_2.scale", "quantizers.stem_2.zero_point")  # type: ignore[union-attr]
     x = image(*X)
     held = quantized.get_buffer("quantizers.stem_2.scale")
-    expected = dequantize(quantize(x, held, torch.zeros((), dtype=torch.int32), None, "int8"), held, torch.zeros(()), None)
+    expected = dequantize(
+        quantize(x, held, torch.zeros((), dtype=torch.int32), None, "int8"), held, torch.zeros(()), None
+    )
     torch.testing.assert_close(expected, x, rtol=0, atol=float(held) * 200)
 
 
@@ -352,4 +362,4 @@ def test_a_graph_without_quantizers() -> None:
     gm = prepared(seeded(lambda: Lambda(lambda _, x: F.relu(x))), image(2, 3))
     result = check_pass(ConvertQuantizers(), gm)
     assert not result.modified
-    assert torch.equal(fxq.convert(gm)(image(2, 3)), image(2, 3).relu())
+    assert torch.equal(convert(gm)(image(2, 3)), image(2, 3).relu())

@@ -13,6 +13,7 @@ from placing import (
     activation_quantizers,
     before,
     check_pass,
+    convert,
     decided,
     node,
     prepared,
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from toys import after, basic_net, branches, image, lenet, seeded
 
 import fxq
+from fxq.calibration import calibrate
 from fxq.editor import Editor
 from fxq.errors import TraceError
 from fxq.graph import Annotation, edge_annotations, state
@@ -40,7 +42,9 @@ def conv(inputs: int = 3, outputs: int = 4) -> nn.Conv2d:
 
 
 def test_golden_and_second_run() -> None:
-    result = check_pass(InsertQuantizers(), before("insert-quantizers", branches(), image(*X)), "passes/insert_branches")
+    result = check_pass(
+        InsertQuantizers(), before("insert-quantizers", branches(), image(*X)), "passes/insert_branches"
+    )
     assert result.counts == {"stored": 7, "created": 7, "rewired": 8}
     assert "observed" in state(result.graph_module).properties
 
@@ -115,15 +119,17 @@ def test_the_later_rule_decides_on_a_shared_tensor(order: tuple[str, str]) -> No
     gm = prepared(shared_input(), image(*X), recipe=recipe)
     assert activation_quantizers(gm) == ["x"]
     held = quantizers(gm)["x"].spec
-    assert (held.qdtype.name, held.calibration.name) == {"b": ("uint8", "max"), "a": ("int8", "entropy")}[order[1]]
+    assert (held.qdtype.name, held.calibration.name) == {"b": ("uint8", "max"), "a": ("int8", "entropy")}[
+        order[1]
+    ]
     for name in "abc":
         assert reads(gm, name)[0] == "x_quantizer"
         annotation = edge_annotations(node(gm, name))[0]
         assert annotation.spec == held  # what the edge really gets
         if name != order[1]:
             assert "x has one quantizer (R29)" in annotation.reason
-    fxq.calibrate(gm, [image(*X)], progress=False)
-    fxq.convert(gm)(image(*X))
+    calibrate(gm, [image(*X)], progress=False)
+    convert(gm)(image(*X))
 
 
 def test_excluding_one_reader_leaves_the_others() -> None:
@@ -132,7 +138,11 @@ def test_excluding_one_reader_leaves_the_others() -> None:
 
 
 def test_a_quantized_output_is_read_by_everyone() -> None:
-    model = seeded(lambda: Lambda(lambda m, x: (lambda y: (y, y.mean(), m.b(y)))(m.a(x)), a=conv(), b=conv(4, 4)))
+    def forward(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = m.a(x)
+        return y, y.mean(), m.b(y)
+
+    model = seeded(lambda: Lambda(forward, a=conv(), b=conv(4, 4)))
     gm = prepared(model, image(*X), recipe=Recipe([Rule("a", EdgeSpecs(output=QSpec(method="max")))]))
     assert reads(gm, "mean") == ["a_quantizer"]
     assert reads(gm, "b")[0] == "a_quantizer"
@@ -141,7 +151,12 @@ def test_a_quantized_output_is_read_by_everyone() -> None:
     assert activation_quantizers(gm) == ["x", "a"]
     result = check_pass(
         InsertQuantizers(),
-        before("insert-quantizers", model, image(*X), recipe=Recipe([Rule("a", EdgeSpecs(output=QSpec(method="max")))])),
+        before(
+            "insert-quantizers",
+            model,
+            image(*X),
+            recipe=Recipe([Rule("a", EdgeSpecs(output=QSpec(method="max")))]),
+        ),
     )
     assert result.counts["created"] == 4
 
@@ -151,8 +166,22 @@ def test_a_weight_that_is_an_activation_elsewhere() -> None:
     model = Lambda(lambda m, x: F.linear(x, m.w) + m.w @ m.w, w=nn.Parameter(image(4, 4)))
     gm = prepared(model, image(4, 4))
     assert [q.tensor for q in quantizers(gm).values()] == ["x", "w"]
-    fxq.calibrate(gm, [image(4, 4)], progress=False)
-    fxq.convert(gm)(image(4, 4))
+    calibrate(gm, [image(4, 4)], progress=False)
+    convert(gm)(image(4, 4))
+
+
+def test_a_reader_decided_to_be_float_reads_float() -> None:
+    """An output's quantizer does not overrule what a recipe says of one reader."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(y) + m.c(y)
+
+    model = seeded(lambda: Lambda(forward, a=conv(), b=conv(4), c=conv(4)))
+    recipe = Recipe([Rule("a", EdgeSpecs(output=QSpec())), Rule("b", None), Rule("op:add", None)])
+    gm = prepared(model, image(*X), recipe=recipe)
+    assert [reads(gm, name)[0] for name in "bc"] == ["a", "a_quantizer"]
+    check_pass(InsertQuantizers(), before("insert-quantizers", model, image(*X), recipe=recipe))
 
 
 # Later additions.
@@ -183,8 +212,8 @@ def test_tensors_named_like_a_modules_attribute(method: str) -> None:
     assert tensor == method
     assert f"{method}_" in quantizers(gm)
     assert quantizers(gm)[f"{method}_"].tensor == method
-    fxq.calibrate(gm, [image(*X)], progress=False)
-    quantized = fxq.convert(gm)
+    calibrate(gm, [image(*X)], progress=False)
+    quantized = convert(gm)
     assert torch.isfinite(quantized(image(*X))).all()
 
 
@@ -203,9 +232,11 @@ def test_a_model_with_quantizers_of_its_own() -> None:
 def test_a_prepared_graph_can_be_copied_and_saved() -> None:
     gm = prepared(basic_net(), image(*X))
     twin = copy.deepcopy(gm)
-    fxq.calibrate(twin, [image(*X)], progress=False)
+    calibrate(twin, [image(*X)], progress=False)
     assert not quantizers(gm)["x"].solved
-    assert all(a.spec == b.spec for a, b in zip(quantizers(gm).values(), quantizers(twin).values(), strict=True))
+    assert all(
+        a.spec == b.spec for a, b in zip(quantizers(gm).values(), quantizers(twin).values(), strict=True)
+    )
     assert decided(twin, "blocks_0_add") == decided(gm, "blocks_0_add")
     fresh = prepared(basic_net(), image(*X))
     fresh.load_state_dict(twin.state_dict())

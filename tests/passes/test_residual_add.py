@@ -186,7 +186,7 @@ def test_equally_long_ways_leave_the_convolution_that_runs_last() -> None:
 
 
 def test_preactivation_with_inplace_relu_on_the_skip() -> None:
-    """The in-place ReLU changes the skip too: the skip is its result, which the first convolution reads quantized."""
+    """The in-place ReLU changes the skip too: the skip is its result, which the first convolution reads."""
     model = preactivation_net()
     gm = prepared(model, image(2, 3, 16, 16))
     assert reads(gm, "_1_add") == ["_1_conv2", "_1_relu_quantizer"]
@@ -196,7 +196,7 @@ def test_preactivation_with_inplace_relu_on_the_skip() -> None:
 
 
 def test_preactivation_sums_get_quantizers_of_their_own() -> None:
-    """With BatchNorm and ReLU between, nobody else quantizes the sum that the next block's skip takes along."""
+    """With BatchNorm and ReLU between, nobody else quantizes the sum that the next block's skip is."""
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         x = m.stem(x)
@@ -221,7 +221,12 @@ def test_preactivation_sums_get_quantizers_of_their_own() -> None:
 
 def test_a_skip_that_a_convolution_reads_is_shared() -> None:
     """Here the block's first convolution reads the sum itself."""
-    model = block(lambda m, x: (lambda s: s + m.conv2(torch.relu(m.conv1(s))))(torch.relu(x) * 2))
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        skip = torch.relu(x) * 2
+        return skip + m.conv2(torch.relu(m.conv1(skip)))
+
+    model = block(forward)
     gm = prepared(model, image(*X))
     assert reads(gm, the_addition(gm).name) == ["mul_quantizer", "conv2"]
     assert decided(gm, the_addition(gm).name) == {0: "int8 per-tensor mse R24"}
@@ -304,7 +309,7 @@ def test_other_ranks_and_transposed_convolutions(dims: int) -> None:
 
 
 def test_gelu_of_a_convolution_plus_that_convolution() -> None:
-    """What both inputs have in common is the convolution itself (as in ConvNeXt-like blocks): no residual (R25)."""
+    """What both inputs have in common is the convolution itself: no residual (R25)."""
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         y = m.conv1(x)
@@ -327,12 +332,14 @@ def test_a_branch_from_a_convolution_that_is_the_skip() -> None:
 
 
 def test_nothing_straight_from_a_convolution() -> None:
-    rule, text = why_not(block(lambda m, x: torch.relu(m.conv1(x)) + x), image(*X))
-    assert (rule, text) == ("R23", "neither input comes straight from a convolution that nothing else reads")
-    assert why_not(block(lambda m, x: (lambda y: (y + x) * y)(m.conv1(torch.relu(x)))), image(*X)) == (
-        rule,
-        text,
-    )
+    expected = ("R23", "neither input comes straight from a convolution that nothing else reads")
+    assert why_not(block(lambda m, x: torch.relu(m.conv1(x)) + x), image(*X)) == expected
+
+    def read_twice(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.conv1(torch.relu(x))
+        return (y + x) * y
+
+    assert why_not(block(read_twice), image(*X)) == expected
 
 
 def test_a_linear_layer_is_no_convolution() -> None:
@@ -341,10 +348,11 @@ def test_a_linear_layer_is_no_convolution() -> None:
 
 
 def test_one_tensor_twice() -> None:
-    assert why_not(block(lambda m, x: (lambda y: y + y)(m.conv1(x))), image(*X)) == (
-        "R25",
-        "both inputs are one tensor",
-    )
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.conv1(x)
+        return y + y
+
+    assert why_not(block(forward), image(*X)) == ("R25", "both inputs are one tensor")
 
 
 def test_a_constant_or_parameter() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from placing import MAX, Lambda, before, check_pass, node, notes, prepared, reads
+from placing import MAX, Lambda, before, check_pass, convert, node, notes, prepared, reads
 from torch import Tensor, fx, nn
 from toys import image, seeded
 
 import fxq
+from fxq.calibration import calibrate
 from fxq.passes.tie_scales import TieScales
 from fxq.quantizer import quantizers
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
@@ -51,12 +52,12 @@ def concat(m: nn.Module, x: Tensor) -> Tensor:
 def test_concat() -> None:
     gm = prepared(model(concat), image(*X), recipe=MAX)
     assert grouped(gm) == [["relu", "mul", "cat"]]
-    report = fxq.calibrate(gm, [image(*X)], progress=False)
+    report = calibrate(gm, [image(*X)], progress=False)
     scales = {row.name: row.scale for row in report.rows}
     assert scales["relu"] == scales["mul"] == scales["cat"]
     expected = max(image(*X).relu().max(), (image(*X).sigmoid() * 5).max()) / 127
     assert scales["cat"][0] == pytest.approx(float(expected), rel=1e-6)
-    converted = fxq.convert(gm)
+    converted = convert(gm)
     assert float(converted.get_buffer("quantizers.relu.scale")) == float(
         converted.get_buffer("quantizers.cat.scale")
     )
@@ -205,7 +206,7 @@ def test_per_channel_activations_are_not_tied() -> None:
     per_channel = QSpec(granularity=fxq.PerChannel(1), method="max")
     gm = prepared(model(concat), image(*X), recipe=Recipe([Rule("op:conv2d", EdgeSpecs(input=per_channel))]))
     assert grouped(gm) == []
-    fxq.calibrate(gm, [image(*X)], progress=False)
+    calibrate(gm, [image(*X)], progress=False)
 
 
 def test_one_method_for_all_of_a_tie() -> None:
@@ -215,7 +216,7 @@ def test_one_method_for_all_of_a_tie() -> None:
     assert grouped(gm) == [["relu", "mul", "cat"]]
     held = [q for q in quantizers(gm).values() if q.tie is not None]
     assert {str(q.spec) for q in held} == {"int8 per-tensor entropy"}
-    fxq.calibrate(gm, [image(*X)], progress=False)
+    calibrate(gm, [image(*X)], progress=False)
     assert len({float(q.scale) for q in held}) == 1
 
 

@@ -1,4 +1,4 @@
-"""Steps and looks that the tests of the placing passes share: from a model to an annotated or a prepared graph."""
+"""What the tests of the placing passes share: from a model to a prepared graph, and looks at it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from toys import after
 
 import fxq
 from fxq.graph import Note, edge_annotations, state
-from fxq.manager import Pipeline
+from fxq.manager import PassManager, Pipeline
 from fxq.ops import kind_name
 from fxq.passbase import Pass, PassResult
-from fxq.passes import PREPARE, Annotate
+from fxq.passes import PREPARE, Annotate, ConvertQuantizers
 from fxq.printer import format_graph
 from fxq.quantizer import Mode, Quantizer
 from fxq.recipe import QSpec, Recipe, Rule
 from fxq.verify import is_quantizer, verify
 
 MAX: Final = Recipe([Rule("*", QSpec(method="max"))])
-"""Everything that is quantized by default is calibrated by its extreme values, which is exact on one batch."""
+"""What is quantized by default is calibrated by its extreme values, which is exact on one batch."""
 
 
 class Lambda(nn.Module):
@@ -73,7 +73,7 @@ def prepared(
 
 
 def check_pass(p: Pass, gm: fx.GraphModule, golden: str | None = None) -> PassResult:
-    """Run a pass on a copy: golden text, honest ``modified``, a legal graph, and a second run that changes nothing."""
+    """Run a pass on a copy: golden text, honest ``modified``, a legal graph, an idle second run."""
     text = format_graph(gm)
     result = p(gm)
     done = format_graph(result.graph_module)
@@ -117,7 +117,7 @@ def notes(gm: fx.GraphModule, kind: str | None = None) -> list[Note]:
 
 
 def activation_quantizers(gm: fx.GraphModule) -> list[str]:
-    """The tensors with a quantizer, weights left out, in the graph's order; each of them must have one only."""
+    """The tensors with a quantizer, weights left out, in order; each of them must have one only."""
     tensors = [n.args[0] for n in gm.graph.nodes if is_quantizer(n)]
     assert len(tensors) == len(set(tensors)), "a tensor with two quantizers"
     return [t.name for t in tensors if isinstance(t, fx.Node) and t.op != "get_attr"]
@@ -138,3 +138,8 @@ def same_numbers(gm: fx.GraphModule, model: nn.Module, *args: Tensor) -> None:
     """A prepared graph computes what the model does; folding BatchNorm is the only rounding."""
     with torch.no_grad():
         torch.testing.assert_close(gm(*args), model.eval()(*args), rtol=1e-4, atol=1e-5)
+
+
+def convert(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph behind ``convert-quantizers`` and nothing else; verified."""
+    return PassManager().run(Pipeline("convert", (ConvertQuantizers(),)), gm)

@@ -1,0 +1,99 @@
+"""Bias correction: what it measures, where it keeps still, and what it does to a network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import sqnr_db
+from torch import Tensor, fx, nn
+from toys import basic_net, bottleneck_net, image, seeded
+
+import fxq
+from fxq.batches import Inputs
+from fxq.bias_correction import CORRECTIONS, Sampler, correct_biases
+from fxq.quantizer import Mode, quantizers
+
+
+def calibrated(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    prepared = fxq.prepare(model, x[:2])
+    fxq.calibrate(prepared, x.split(8), progress=False, bias_correction=False)
+    return prepared
+
+
+def mean_error(model: nn.Module, prepared: fx.GraphModule, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return (model(x) - fxq.convert(prepared)(x)).mean(0)
+
+
+def test_one_layer_is_corrected_by_its_mean_error() -> None:
+    """Of one layer, the correction is the mean difference between float and quantized outputs, exactly."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 4)))
+    x = torch.rand(512, 8)
+    prepared = calibrated(model, x)
+    found = correct_biases(prepared, [Inputs((part,), {}) for part in x.split(100)])
+    for quantizer in quantizers(prepared).values():
+        quantizer.mode = Mode.QUANTIZE
+    with torch.inference_mode():
+        errors = model(x) - prepared(x)
+    significant = errors.mean(0).abs() > 2 * errors.std(0) / 512**0.5
+    assert significant.any()
+    expected = torch.where(significant, errors.mean(0), torch.zeros(4))
+    torch.testing.assert_close(found["_0"], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("build", [basic_net, bottleneck_net])
+def test_a_network_comes_out_with_less_mean_error_and_no_less_quality(build: object) -> None:
+    model = seeded(build)  # type: ignore[arg-type]
+    x, fresh = image(256, 3, 16, 16, seed=1), image(256, 3, 16, 16, seed=2)
+    prepared = calibrated(model, x)
+    before = mean_error(model, prepared, fresh).square().mean()
+    plain = fxq.convert(prepared)
+    fxq.calibrate(prepared, x.split(8), progress=False)
+    after = mean_error(model, prepared, fresh).square().mean()
+    assert after < 0.5 * before
+    with torch.inference_mode():
+        reference = model(fresh)
+        assert sqnr_db(reference, fxq.convert(prepared)(fresh)) > sqnr_db(reference, plain(fresh))
+
+
+def test_calibrating_again_replaces_corrections_and_leaves_the_biases_alone() -> None:
+    model = seeded(basic_net)
+    x = image(64, 3, 16, 16)
+    prepared = fxq.prepare(model, x[:2])
+    biases = {k: v.clone() for k, v in prepared.named_parameters()}
+    fxq.calibrate(prepared, x.split(8), progress=False)
+    first = dict(getattr(prepared, CORRECTIONS).named_buffers())
+    assert any(c.any() for c in first.values())
+    fxq.calibrate(prepared, x.split(8), progress=False)
+    again = dict(getattr(prepared, CORRECTIONS).named_buffers())
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert all(torch.equal(biases[k], v) for k, v in prepared.named_parameters())
+    fxq.calibrate(prepared, x.split(8), progress=False, bias_correction=False)
+    assert not dict(getattr(prepared, CORRECTIONS).named_buffers())
+
+
+def test_one_sample_is_no_ground_for_a_correction() -> None:
+    prepared = calibrated(seeded(basic_net), image(8, 3, 16, 16))
+    assert correct_biases(prepared, [Inputs((image(1, 3, 16, 16),), {})]) == {}
+
+
+def test_float_layers_are_left_alone() -> None:
+    recipe = fxq.Recipe([fxq.Rule("fc", None)])
+    x = image(32, 3, 16, 16)
+    prepared = fxq.prepare(seeded(basic_net), x[:2], recipe=recipe)
+    fxq.calibrate(prepared, x.split(8), progress=False)
+    names = {name for name, _ in getattr(prepared, CORRECTIONS).named_buffers()}
+    assert "fc" not in names
+    assert "blocks_0_bn1" in names
+
+
+def test_the_sampler_hands_everything_through_and_keeps_what_fits() -> None:
+    prepared = calibrated(seeded(basic_net), image(8, 3, 16, 16))
+    batches = [image(100, 3, 16, 16, seed=s) for s in range(8)]
+    sampler = Sampler(prepared, batches)
+    assert len(sampler) == 8
+    assert all(a is b for a, b in zip(sampler, batches, strict=True))
+    assert len(sampler.kept) == 6  # 512 samples, in whole batches
+    assert [a is b for a, b in zip(sampler.kept, batches, strict=False)] == [True] * 6
+    with pytest.raises(TypeError):
+        len(Sampler(prepared, iter(batches)))
