@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from .optional import require
+from ..optional import require
 from .trt_callbacks import capturing, tensorrt_logger
 from .trt_kernels import LayerInfo, kernels_from_inspector
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import fxq
 
 from .backends.onnxrt import Session
-from .backends.optional import require
+from .optional import require
 from .errors import MissingDependencyError
 
 __all__ = ["Block", "ResNet", "digits", "main", "train"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import qdq, straight_through
 from .batch_norm import TrainedBatchNorm
 from .errors import RecipeError
-from .folding import along_outputs, fold_weight
+from .folding import Fold
 from .qparams import scale_and_zero_point, unchecked_scale_and_zero_point
 from .quantizer import Mode, Quantizer
 from .straight_through import SMALLEST_SCALE, ScaleGradient
@@ -54,7 +54,8 @@ class ScalePolicy:
         for name, known in (("activations", ACTIVATIONS), ("weights", WEIGHTS)):
             if getattr(self, name) not in known:
                 raise RecipeError(
-                    f"no scale policy {getattr(self, name)!r} for {name}", hint=f"use one of {', '.join(known)}"
+                    f"no scale policy {getattr(self, name)!r} for {name}",
+                    hint=f"use one of {', '.join(known)}",
                 )
         if not 0 < self.momentum <= 1:
             raise RecipeError(f"momentum {self.momentum} is not in (0, 1]")
@@ -83,17 +84,10 @@ class FoldedInto:
     groups: int = 1
     transposed: bool = False
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """The folded weight, differentiable."""
-        return fold_weight(weight, self.norm.factor(), groups=self.groups, transposed=self.transposed)
-
-    def factor(self, weight: Tensor) -> Tensor:
-        """What the weight is multiplied by, float32, in a shape that broadcasts over it; no gradient flows."""
-        with torch.no_grad():
-            values = self.norm.factor().to(torch.float32)
-            if torch.compiler.is_compiling():
-                values = straight_through.keep(values)
-            return along_outputs(values, weight, groups=self.groups, transposed=self.transposed)
+    def fold(self) -> Fold:
+        """What folds the BatchNorm in as it is now."""
+        norm = self.norm
+        return Fold(norm.running_var, norm.weight, norm.eps, self.groups, self.transposed)
 
 
 class FakeQuantizer(Quantizer):
@@ -119,7 +113,9 @@ class FakeQuantizer(Quantizer):
         RecipeError: The policy learns, and the spec is asymmetric or its type floating.
     """
 
-    def __init__(self, source: Quantizer, policy: str, shape: Sequence[int], *, momentum: float = 0.01) -> None:
+    def __init__(
+        self, source: Quantizer, policy: str, shape: Sequence[int], *, momentum: float = 0.01
+    ) -> None:
         super().__init__(
             source.spec, tensor=source.tensor, axis=source.axis, tie=source.tie, weight=source.weight
         )
@@ -129,6 +125,11 @@ class FakeQuantizer(Quantizer):
         self._members: tuple[FakeQuantizer, ...] = (self,)
         self._folded: FoldedInto | None = None
         self._known = False
+        self._dtype = self.spec.qdtype
+        # Whether straight_through has the arithmetic for the spec; the rest goes through fxq.qdq.
+        self._fast = (
+            self.spec.symmetric is not False and not self._dtype.floating and self._dtype.qmax < 1 << 20
+        )
         channels = () if self.axis is None else (shape[self.axis],)
         self.zero_point = torch.zeros(channels, dtype=torch.int32)
         scale = torch.full(channels, torch.nan)
@@ -225,23 +226,25 @@ class FakeQuantizer(Quantizer):
         return x
 
     def _forward_folded(self, weight: Tensor, folded: FoldedInto) -> Tensor:
+        fold = folded.fold()
         if not folded.norm.batch_statistics:
-            real = folded.weight(weight)
+            real = fold.weight(weight)
             if self.mode is not Mode.QUANTIZE:
                 return real
             self._follow(real)
             return self._fake_quantize(real)
         if self.mode is not Mode.QUANTIZE:
             return weight
-        factor = folded.factor(weight)
         if self.policy == "max":
-            self._follow(weight.detach() * factor)
+            self._follow(weight.detach() * fold.factor(weight))
+        self._require_solved()
         if not self._fast:
+            factor = fold.factor(weight)
             real = self._exact(weight * factor)
             return torch.where(factor == 0, weight, real / torch.where(factor == 0, 1.0, factor))
-        self._require_solved()
-        scale, how = self._spread(self._training_scale, weight), self._learning(weight)
-        return straight_through.fake_quantize_weight(weight, scale, self.spec.qdtype, factor=factor, **how)
+        return straight_through.fake_quantize_weight(
+            weight, self._training_scale, self._dtype, self.axis, fold=fold, **self._learning(weight)
+        )
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         self._require_solved()
@@ -249,17 +252,12 @@ class FakeQuantizer(Quantizer):
             return self._exact(x)
         scale, how = self._training_scale, self._learning(x)
         if self.axis is None:
-            return straight_through.fake_quantize(x, scale, self.spec.qdtype, **how)
-        return straight_through.fake_quantize_weight(x, self._spread(scale, x), self.spec.qdtype, **how)
+            return straight_through.fake_quantize(x, scale, self._dtype, **how)
+        return straight_through.fake_quantize_weight(x, scale, self._dtype, self.axis, **how)
 
     def _exact(self, x: Tensor) -> Tensor:
         scale = self.effective_scale.detach()
         return qdq.fake_quantize(x, scale, self.zero_point, self.axis, self.spec.qdtype.name)
-
-    @property
-    def _fast(self) -> bool:
-        """Whether :mod:`fxq.straight_through` has the arithmetic for the spec."""
-        return self.spec.symmetric is not False and not self.spec.qdtype.floating and self.spec.qdtype.qmax < 1 << 23
 
     @property
     def effective_scale(self) -> Tensor:
@@ -270,13 +268,6 @@ class FakeQuantizer(Quantizer):
     def _training_scale(self) -> Tensor:
         """The scale as a step's backward may keep it: not the tensor that the next forward changes in place."""
         return straight_through.keep(self.scale) if self.policy in ("moving-average", "max") else self.scale
-
-    def _spread(self, scale: Tensor, x: Tensor) -> Tensor:
-        if self.axis is None:
-            return scale
-        shape = [1] * x.dim()
-        shape[self.axis] = -1
-        return scale.view(shape)
 
     def _learning(self, x: Tensor) -> dict[str, Any]:
         """The scale's gradient, and what it is multiplied by.
@@ -296,6 +287,8 @@ class FakeQuantizer(Quantizer):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Let a step's tensor move the scale, as the policy says; in eval mode only ``max`` does."""
+        if self.policy == "fixed":
+            return
         if self.policy == "max" and self.observing:
             self._refresh(x)
         elif self.policy == "moving-average" and self.observing and self.training:
@@ -341,7 +334,9 @@ class FakeQuantizer(Quantizer):
             observer.amin, observer.amax = torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf)
         for held, new in ((observer.amin, low), (observer.amax, high)):
             held.copy_(torch.where(held.isfinite(), torch.lerp(held, new, self.momentum), new))
-        ranges = [m.observer for m in self._members if m.observer is not None and m.observer.amin.shape == low.shape]
+        ranges = [
+            m.observer for m in self._members if m.observer is not None and m.observer.amin.shape == low.shape
+        ]
         low = torch.stack([r.amin for r in ranges]).amin(0)
         high = torch.stack([r.amax for r in ranges]).amax(0)
         self._set(*unchecked_scale_and_zero_point(low, high, self.spec))
@@ -383,7 +378,7 @@ class FakeQuantizer(Quantizer):
             CalibrationError: The weight is empty, or holds NaN or Inf.
         """
         with torch.no_grad():
-            real = weight.detach() if self._folded is None else self._folded.weight(weight.detach())
+            real = weight.detach() if self._folded is None else self._folded.fold().weight(weight.detach())
             if self.policy == "max":
                 low, high = self._range(real)
                 self.set_parameters(*scale_and_zero_point(low, high, self.spec))
@@ -394,7 +389,7 @@ class FakeQuantizer(Quantizer):
     def begin_weight(self, weight: Tensor) -> None:
         """Give a weight's scale the value that training starts from where nothing is calibrated."""
         if self.policy == "learned":
-            self._begin(weight if self._folded is None else self._folded.weight(weight))
+            self._begin(weight if self._folded is None else self._folded.fold().weight(weight))
         else:
             self.solve_weight(weight)
 

@@ -13,10 +13,12 @@ that both have the same weights to the last bit.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["along_outputs", "fold", "fold_bias", "fold_factor", "fold_weight"]
+__all__ = ["Fold", "along_outputs", "fold", "fold_bias", "fold_factor", "fold_weight"]
 
 _EXACT = torch.float64
 
@@ -50,6 +52,35 @@ def fold_weight(weight: Tensor, factor: Tensor, *, groups: int = 1, transposed: 
     wide = torch.promote_types(weight.dtype, torch.float32)
     spread = along_outputs(factor.to(wide), weight, groups=groups, transposed=transposed)
     return (weight.to(wide) * spread).to(weight.dtype)
+
+
+class Fold(NamedTuple):
+    """What folds a BatchNorm into a weight.
+
+    Attributes:
+        var: Running variance, [out].
+        gamma: BatchNorm's weight, [out], or None for 1.
+        eps: BatchNorm's epsilon.
+        groups: The layer's groups.
+        transposed: Whether the layer is a transposed convolution.
+    """
+
+    var: Tensor
+    gamma: Tensor | None
+    eps: float
+    groups: int = 1
+    transposed: bool = False
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The folded weight; differentiable."""
+        factor = fold_factor(self.var, self.gamma, self.eps)
+        return fold_weight(weight, factor, groups=self.groups, transposed=self.transposed)
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """What the weight is multiplied by, float32, in a shape that broadcasts over it; no gradient flows."""
+        with torch.no_grad():
+            values = fold_factor(self.var, self.gamma, self.eps).to(torch.float32)
+        return along_outputs(values, weight, groups=self.groups, transposed=self.transposed)
 
 
 def fold_bias(

@@ -18,12 +18,15 @@ from torch import Tensor
 
 __all__ = [
     "BINS",
+    "LARGEST_POWER",
     "LEAST_POWER",
     "SAMPLE",
+    "UNIT_POWER",
     "bin_width",
     "bins_per_unit",
     "count",
     "count_rows",
+    "dense",
     "grid_power",
     "grow",
     "sample",
@@ -38,9 +41,12 @@ SAMPLE: Final = 1 << 15
 _MANTISSA: Final = 23
 _BIAS: Final = 127
 _WIDTH_BIAS: Final = _BIAS - 1 + BINS.bit_length() - 1
+UNIT_POWER: Final = _BIAS + _WIDTH_BIAS
+"""This less a grid's power is the biased float32 exponent of 1 / its bins' width."""
 LEAST_POWER: Final = 10
 """The power of the finest grid: 1 / its bins' width is the largest power of two in float32."""
-_LARGEST_POWER: Final = 254
+LARGEST_POWER: Final = 254
+"""The power of the widest grid: it has room for all of float32."""
 
 _PERIOD: Final = 257  # a prime: runs drift over the rows and columns of any image size
 _SHORTEST_RUN: Final = 16  # the float32 elements of a cache line: shorter runs read as much memory
@@ -53,12 +59,12 @@ def grid_power(largest: Tensor) -> Tensor:
     Args:
         largest: float32, not negative, any shape. NaN and Inf give some valid power.
     """
-    return (largest.view(torch.int32) >> _MANTISSA).clamp_(LEAST_POWER, _LARGEST_POWER)
+    return (largest.view(torch.int32) >> _MANTISSA).clamp_(LEAST_POWER, LARGEST_POWER)
 
 
 def bins_per_unit(power: Tensor) -> Tensor:
     """1 / the bins' width, float32, exact."""
-    return ((_BIAS + _WIDTH_BIAS - power) << _MANTISSA).view(torch.float32)
+    return ((UNIT_POWER - power) << _MANTISSA).view(torch.float32)
 
 
 def bin_width(power: Tensor) -> Tensor:
@@ -160,15 +166,22 @@ def sample(x: Tensor) -> Tensor:
         x: Any shape; the first axis counts samples. With fewer than two axes all of x is taken.
 
     Returns:
-        A view of x, unless its memory has gaps.
+        A view of x, unless its memory has gaps: [samples, length] or [samples, runs, length].
     """
     if x.ndim < 2:
-        return x
-    order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
-    samples = (x if x.is_contiguous() else x.permute(0, *order)).reshape(x.shape[0], -1)
+        return x.reshape(1, -1)
+    samples = dense(x).reshape(x.shape[0], -1)
     length = samples.shape[1]
     run = max(_SHORTEST_RUN, math.ceil(_PERIOD * SAMPLE / length))
     if run >= _PERIOD:
         return samples
     periods = length // _PERIOD
     return samples[:, : periods * _PERIOD].view(x.shape[0], periods, _PERIOD)[:, :, :run]
+
+
+def dense(x: Tensor) -> Tensor:
+    """x with the axes behind its first one in the order of memory, contiguous: a view where there are no gaps."""
+    if x.is_contiguous():
+        return x
+    order = sorted(range(1, x.ndim), key=x.stride, reverse=True)
+    return x.permute(0, *order).contiguous() if x.ndim else x

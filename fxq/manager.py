@@ -84,7 +84,7 @@ class Pipeline:
 
         Raises:
             PassError: A pass requires a property that nothing before it provides; the message says which
-            pass would.
+                pass would.
         """
         have = set(held)
         for index, p in enumerate(self.passes):

@@ -8,7 +8,10 @@ the histogram come out the same.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Final, Self
 
 import torch
@@ -25,6 +28,11 @@ NEVER: Final = torch.iinfo(torch.int64).max
 """The value of :attr:`Observer.bad` while all is well."""
 
 _RING: Final = 8
+_BY_HISTOGRAM: Final = {
+    "percentile": thresholds.percentile,
+    "entropy": thresholds.entropy,
+    "mse": thresholds.mse,
+}
 
 
 class FlexibleState(nn.Module):
@@ -83,6 +91,17 @@ class Observer(FlexibleState):
         self.register_buffer("_recent", torch.empty(2, _RING, *shape), persistent=False)
 
     @property
+    def _kernels(self) -> ModuleType | None:
+        """The GPU kernels, if they are what collects here."""
+        return _kernels(self.amin.device.type) if self.axis is None else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.flush()
+        super()._apply(fn, recurse)
+        self._make_ring()
+        return self
+
+    @property
     def fed(self) -> bool:
         """Whether anything was collected."""
         return self._held > 0 or int(self.batches) > 0
@@ -118,7 +137,10 @@ class Observer(FlexibleState):
     def _collect(self, x: Tensor, slot: int) -> None:
         low, high = self._recent[0, slot], self._recent[1, slot]
         if self.axis is None:
-            if x.dtype == low.dtype:
+            kernels = self._kernels
+            if kernels is not None:
+                kernels.collect_range(histogram.dense(x), low, high)
+            elif x.dtype == low.dtype:
                 torch.aminmax(x, out=(low, high))
             else:
                 found = x.aminmax()
@@ -147,6 +169,11 @@ class Observer(FlexibleState):
                 hint="quantize this tensor per-tensor, or choose an axis whose length does not change",
             )
 
+    def _make_ring(self) -> None:
+        """Fit the ring, which is empty, to the statistics' shape and device; on a GPU with an axis of parts."""
+        parts = () if self._kernels is None else (self._kernels.PARTS,)
+        self._recent = torch.empty(2, _RING, *parts, *self.amin.shape, device=self.amin.device)
+
     def _resize(self, channels: int) -> None:
         """Make room for `channels` ranges where there are none yet."""
         with torch.inference_mode(mode=False):  # as above
@@ -159,7 +186,10 @@ class Observer(FlexibleState):
     def flush(self) -> None:
         """Fold the ring of recent batches into the statistics."""
         if self._held:
-            self._fold(self._recent[:, : self._held])
+            rows = self._recent[:, : self._held]
+            if rows.ndim > self.amin.ndim + 2:  # of parts
+                rows = torch.stack([rows[0].amin(dim=-1), rows[1].amax(dim=-1)])
+            self._fold(rows)
             self.batches += self._held
             self._held = 0
 
@@ -243,7 +273,7 @@ class Observer(FlexibleState):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._held = 0
         super()._load_from_state_dict(*args)
-        self._recent = self._recent.new_empty(2, _RING, *self.amin.shape)
+        self._make_ring()
 
     def extra_repr(self) -> str:
         """The axis, for printed modules."""
@@ -340,6 +370,7 @@ class Histogram(Observer):
     power: Tensor
     elements: Tensor
     _recent_counts: Tensor
+    _recent_counted: Tensor
     _recent_power: Tensor
 
     def __init__(self, *, symmetric: bool, channels: int | None = None, axis: int | None = None) -> None:
@@ -351,13 +382,29 @@ class Histogram(Observer):
         self.register_buffer("counts", torch.zeros(*shape, bins, dtype=torch.int64))
         self.register_buffer("power", torch.full(shape, LEAST_POWER, dtype=torch.int32))
         self.register_buffer("elements", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("_recent_counts", torch.empty(_RING, bins, dtype=torch.int64), persistent=False)
-        self.register_buffer("_recent_power", torch.empty(_RING, dtype=torch.int32), persistent=False)
+        for name in ("counts", "counted", "power"):
+            self.register_buffer(f"_recent_{name}", torch.empty(0), persistent=False)
+        self._make_ring()
+
+    def _make_ring(self) -> None:
+        super()._make_ring()
+        device, bins, kernels = self.counts.device, self.counts.shape[-1], self._kernels
+        shape, dtype = ((_RING, bins), torch.int64)
+        if kernels is not None:
+            shape, dtype = ((_RING, kernels.COPIES, bins), torch.int32)
+        self._recent_counts = torch.zeros(shape, dtype=dtype, device=device)
+        self._recent_counted = torch.zeros(_RING, dtype=torch.int64, device=device)
+        self._recent_power = torch.zeros(_RING, dtype=torch.int32, device=device)
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of the calibration methods that these statistics can answer."""
-        return ("max", "percentile", "entropy", "mse")
+        return ("max", *_BY_HISTOGRAM, "auto")
+
+    @property
+    def _zero(self) -> int:
+        """The bin that begins at 0."""
+        return 0 if self.symmetric else BINS
 
     @property
     def fraction(self) -> float:
@@ -375,9 +422,16 @@ class Histogram(Observer):
     def _collect(self, x: Tensor, slot: int) -> None:
         super()._collect(x, slot)
         low, high = self._recent[0, slot], self._recent[1, slot]
+        self._elements += x.numel()
+        kernels = self._kernels
+        if kernels is not None:
+            counts, power = self._recent_counts[slot], self._recent_power[slot]
+            counted = self._recent_counted[slot]
+            chosen = histogram.sample(x)
+            kernels.collect_histogram(chosen, low, high, counts, power, counted, zero=self._zero)
+            return
         power = histogram.grid_power(torch.maximum(low.neg(), high))
         per_unit = histogram.bins_per_unit(power)
-        self._elements += x.numel()
         if self.axis is None:
             self._recent_power[slot] = power
             chosen = histogram.sample(x)
@@ -394,7 +448,12 @@ class Histogram(Observer):
         self._elements = 0
         if self.axis is None:
             count = rows.shape[1]
-            self._add(self._recent_counts[:count], self._recent_power[:count])
+            counts = self._recent_counts[:count]
+            if counts.ndim == 3:  # of copies, without the bin of 0
+                counts = counts.sum(dim=1)
+                counts[:, self._zero] += self._recent_counted[:count] - counts.sum(dim=1)
+                self._recent_counts.zero_()
+            self._add(counts, self._recent_power[:count])
 
     def _add(self, counts: Tensor, power: Tensor) -> None:
         """Add n histograms, [n, bins] or [channels, n, bins], with `power` [n] or [channels, n], growing as
@@ -421,6 +480,7 @@ class Histogram(Observer):
         """Forget everything."""
         super().reset()
         self._elements = 0
+        self._recent_counts.zero_()
         self.counts.zero_()
         self.power.fill_(LEAST_POWER)
         self.elements.zero_()
@@ -430,26 +490,53 @@ class Histogram(Observer):
         super()._load_from_state_dict(*args)
 
     def _compute(self, method: Method, spec: QSpec) -> tuple[Tensor, Tensor]:
+        if method.name == "auto":
+            method = self.best(spec)
         if method.name == "max":
             return super()._compute(method, spec)
         device = self.amin.device
-        bins = thresholds.Bins(
+        amin, amax = _BY_HISTOGRAM[method.name](self._bins(), method, spec)
+        return amin.to(device).reshape(self.amin.shape), amax.to(device).reshape(self.amax.shape)
+
+    def best(self, spec: QSpec) -> Method:
+        """The method whose ranges give the least squared quantization error over all that was counted.
+
+        Args:
+            spec: A complete spec, the one the observer was made for.
+        """
+        self.flush()
+        bins = self._bins()
+        methods = [Method(name) for name in ("mse", "entropy", "percentile")]
+        ranges = [_BY_HISTOGRAM[m.name](bins, m, spec) for m in methods] + [(bins.amin, bins.amax)]
+        low, high = (torch.stack(ends, dim=1) for ends in zip(*ranges, strict=True))
+        error = thresholds.squared_error(bins.without_zeros(), low, high, spec).sum(dim=0)
+        return [*methods, Method("max")][int(error.argmin())]
+
+    def _bins(self) -> thresholds.Bins:
+        return thresholds.Bins(
             counts=self.counts.cpu().double().reshape(-1, self.counts.shape[-1]),
             width=self.width.cpu().reshape(-1),
-            zero=0 if self.symmetric else BINS,
+            zero=self._zero,
             amin=self.amin.cpu().reshape(-1),
             amax=self.amax.cpu().reshape(-1),
         )
-        solve = {"percentile": thresholds.percentile, "entropy": thresholds.entropy, "mse": thresholds.mse}
-        amin, amax = solve[method.name](bins, method, spec)
-        return amin.to(device).reshape(self.amin.shape), amax.to(device).reshape(self.amax.shape)
+
+
+@functools.cache
+def _kernels(device: str) -> ModuleType | None:
+    """The GPU kernels, or None where there are none."""
+    if device != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from . import observer_kernels
+
+    return observer_kernels
 
 
 def make_observer(spec: QSpec, *, channels: int | None, axis: int | None) -> Observer:
     """The observer that collects what the spec's method needs.
 
     ``max`` gives :class:`MinMax`, ``moving-average`` :class:`MovingAverage`, the others :class:`Histogram`,
-    which any of ``max``, ``percentile``, ``entropy`` and ``mse`` can be solved from.
+    which all but ``moving-average`` can be solved from.
 
     Args:
         spec: A complete spec.

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .graph import SEQUENCE
+
 __all__ = [
     "KINDS",
     "MODULES",
@@ -42,6 +44,7 @@ class OpKind:
         params: The canonical function's parameters in order, with defaults; ``REQUIRED`` marks those without.
         tensors: How many leading parameters are tensors; they are passed by position, the rest by keyword.
         spatial: Parameters that are one number or one per spatial dimension, and that dimension count.
+        optional: Parameters that the function does not take as None: left out of the call where they are.
     """
 
     name: str
@@ -49,6 +52,7 @@ class OpKind:
     params: Mapping[str, Any]
     tensors: int = 1
     spatial: tuple[frozenset[str], int] = (frozenset(), 0)
+    optional: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Spelling:
 
     Attributes:
         kind: The kind.
-        params: Parameter names in the order of this spelling's positional arguments.
-        swap: Whether the first two arguments change places (``operator.rsub`` and the like).
+        params: Parameter names in the order of this spelling's positional arguments; the reflected operators
+            (``__rsub__``) begin with the second.
         variadic: Name of a parameter that takes all remaining positional arguments (``x.view(2, 3)``).
     """
 
@@ -85,13 +89,14 @@ def _kind(
     functions: tuple[Any, ...] = (),
     methods: tuple[str, ...] = (),
     variadic: str | None = None,
-    order: str | None = None,
+    omit: str = "",
 ) -> OpKind:
     """Enter a kind, its spellings by function and by method, and its canonical target."""
     params = dict.fromkeys(required.split(), REQUIRED) | dict(optional or {})
-    made = OpKind(name, target, params, tensors, (frozenset(spatial[0].split()), spatial[1]))
+    sizes = (frozenset(spatial[0].split()), spatial[1])
+    made = OpKind(name, target, params, tensors, sizes, frozenset(omit.split()))
     KINDS[name] = _BY_TARGET[target] = made
-    spelled = Spelling(made, tuple((order or " ".join(params)).split()))
+    spelled = Spelling(made, tuple(params))
     for function in (target, *functions):
         _FUNCTIONS.setdefault(function, spelled)
     for method in methods:
@@ -99,9 +104,10 @@ def _kind(
     return made
 
 
-def _also(kind_name: str, function: Any, params: str) -> None:
-    """Another function that spells a kind, with its own parameter order."""
-    _FUNCTIONS[function] = Spelling(KINDS[kind_name], tuple(params.split()))
+def _also(kind_name: str, spelled: Any, params: str) -> None:
+    """Another function, or a method by name, that spells a kind, with its own parameter order."""
+    where = _METHODS if isinstance(spelled, str) else _FUNCTIONS
+    where[spelled] = Spelling(KINDS[kind_name], tuple(params.split()))
 
 
 for _n in (1, 2, 3):
@@ -139,7 +145,7 @@ for _n in (1, 2, 3):
 _kind("linear", F.linear, "input weight", {"bias": None}, tensors=3)
 _kind("matmul", torch.matmul, "input other", tensors=2, functions=(operator.matmul, torch.bmm, torch.mm),
       methods=("matmul", "bmm", "mm", "__matmul__"))  # fmt: skip
-_also("matmul", torch.bmm, "input mat2")
+_also("matmul", "__rmatmul__", "other input")
 _kind("embedding", F.embedding, "input weight", {"padding_idx": None, "max_norm": None, "norm_type": 2.0,
       "scale_grad_by_freq": False, "sparse": False}, tensors=2)  # fmt: skip
 _kind("scaled_dot_product_attention", F.scaled_dot_product_attention, "query key value",
@@ -153,19 +159,30 @@ _kind("instance_norm", F.instance_norm, "input", {"running_mean": None, "running
       "bias": None, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5})  # fmt: skip
 
 # Binary arithmetic: operators take tensors and numbers on either side, so they are the canonical spelling.
-for _name, _symbol, _torch, _more in (
-    ("add", operator.add, torch.add, ("__add__", "__radd__")),
-    ("mul", operator.mul, torch.mul, ("__mul__", "__rmul__")),
-    ("sub", operator.sub, torch.sub, ("__sub__",)),
-    ("div", operator.truediv, torch.div, ("__truediv__",)),
+for _name, _symbol, _torch, _long in (
+    ("add", operator.add, torch.add, None),
+    ("mul", operator.mul, torch.mul, torch.multiply),
+    ("sub", operator.sub, torch.sub, torch.subtract),
+    ("div", operator.truediv, torch.div, torch.divide),
 ):
-    _kind(_name, _symbol, "input other", tensors=2, functions=(_torch,), methods=(_name, *_more))
-_also("mul", torch.multiply, "input other")
-_also("sub", torch.subtract, "input other")
-_also("div", torch.divide, "input other")
+    _kind(
+        _name,
+        _symbol,
+        "input other",
+        tensors=2,
+        functions=(_torch,),
+        methods=(_name, f"__{_symbol.__name__}__"),
+    )
+    _also(_name, f"__r{_symbol.__name__}__", "other input")
+    if _long is not None:
+        _also(_name, _long, "input other")
+        _also(_name, _long.__name__, "input other")
 _also("div", torch.true_divide, "input other")
+_also("div", "true_divide", "input other")
+_also("sub", torch.rsub, "other input")
 _kind("neg", operator.neg, "input", functions=(torch.neg, torch.negative), methods=("neg", "negative"))
 _kind("pow", operator.pow, "input exponent", tensors=2, functions=(torch.pow,), methods=("pow", "__pow__"))
+_also("pow", "__rpow__", "exponent input")
 
 _kind("relu", torch.relu, "input", functions=(F.relu, F.relu_, torch.relu_), methods=("relu",))
 _kind("relu6", F.relu6, "input")
@@ -193,6 +210,9 @@ _kind(
     functions=(torch.clip,),
     methods=("clamp", "clip"),
 )
+for _name, _bound in (("clamp_min", "min"), ("clamp_max", "max")):
+    _also("clamp", getattr(torch, _name), f"input {_bound}")
+    _also("clamp", _name, f"input {_bound}")
 for _name in (
     "exp",
     "log",
@@ -220,7 +240,7 @@ _kind("transpose", torch.transpose, "input dim0 dim1", functions=(torch.swapaxes
       methods=("transpose", "swapaxes", "swapdims"))  # fmt: skip
 _kind("t", torch.t, "input", methods=("t",))
 _kind("unsqueeze", torch.unsqueeze, "input dim", methods=("unsqueeze",))
-_kind("squeeze", torch.squeeze, "input", {"dim": None}, methods=("squeeze",))
+_kind("squeeze", torch.squeeze, "input", {"dim": None}, methods=("squeeze",), omit="dim")
 _kind("expand", torch.Tensor.expand, "input size", methods=("expand",), variadic="size")
 _kind("repeat", torch.Tensor.repeat, "input repeats", methods=("repeat",), variadic="repeats")
 _kind("chunk", torch.chunk, "input chunks", {"dim": 0}, methods=("chunk",))
@@ -262,7 +282,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", 
 for _room in (torch, F):
     for _name in dir(_room):
         _plain = getattr(_room, _name[:-1], None)
-        if _name.endswith("_") and not _name.startswith("_") and callable(_plain):
+        if _name.endswith("_") and _name[0] != "_" and callable(_plain) and _name != "as_strided_":
             _INPLACE[getattr(_room, _name)] = _plain
 
 
@@ -389,32 +409,61 @@ def bind(spelled: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     Returns:
         None if the call has an argument that the kind does not (``out=``, ``alpha=2``, a dtype), or lacks one.
     """
-    given: dict[str, Any] = {}
     if spelled.variadic is not None and len(args) > 1:
-        args = (args[0], args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else tuple(args[1:]))
+        args = (args[0], _sequence(args[1:]))
     if len(args) > len(spelled.params):
         return None
-    given.update(zip(spelled.params, args, strict=False))
-    aliases = {"self": next(iter(spelled.kind.params)), "axis": "dim", "axes": "dims"}
-    for name, value in kwargs.items():
-        name = name if name in spelled.kind.params else aliases.get(name, name)
+    given = dict(zip(spelled.params, args, strict=False))
+    for word, value in kwargs.items():
+        name = _named(spelled.kind, word)
         if name in given:
             return None
         given[name] = value
-    for ignored, neutral in (
-        ("inplace", (True, False)),
-        ("alpha", (1,)),
-        ("rounding_mode", (None,)),
-        ("_stacklevel", None),
-    ):
+    for ignored, neutral in _IGNORED.items():
         if ignored in given and (neutral is None or given[ignored] in neutral):
             given.pop(ignored)
     if set(given) - set(spelled.kind.params):
         return None
     full = {**spelled.kind.params, **given}
-    if any(value is REQUIRED for value in full.values()):
+    required = (full[name] for name, default in spelled.kind.params.items() if default is REQUIRED)
+    if any(value is REQUIRED or value is None or isinstance(value, torch.dtype) for value in required):
         return None
     return _spatial(spelled.kind, full)
+
+
+_IGNORED: Final[Mapping[str, tuple[Any, ...] | None]] = {
+    "inplace": (True, False),
+    "alpha": (1,),
+    "rounding_mode": (None,),
+    "_stacklevel": None,
+}
+"""Arguments without effect, by the values at which they have none; None for any value."""
+_SYNONYMS: Final[Mapping[str, str]] = {
+    "axis": "dim",
+    "axes": "dims",
+    "axis0": "dim0",
+    "axis1": "dim1",
+    "mat2": "other",
+    "size": "shape",
+    "split_size": "split_size_or_sections",
+}
+
+
+def _named(kind_: OpKind, word: str) -> str:
+    """The canonical name of a keyword."""
+    if word in kind_.params:
+        return word
+    name = next(iter(kind_.params)) if word == "self" else _SYNONYMS.get(word, word)
+    return name if name in kind_.params else word
+
+
+def _sequence(values: tuple[Any, ...]) -> Any:
+    """What a variadic parameter takes: ``x.view(2, 3)``, ``x.view((2, 3))``, ``x.view(y.shape)``."""
+    first = values[0]
+    whole = isinstance(first, tuple | list | torch.dtype) or (
+        isinstance(first, fx.Node) and SEQUENCE in first.meta
+    )
+    return first if len(values) == 1 and whole else tuple(values)
 
 
 def _spatial(kind_: OpKind, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -432,7 +481,8 @@ def _spatial(kind_: OpKind, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_args(kind_: OpKind, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Canonical arguments as args (the tensors) and kwargs (the rest, without those at their default None)."""
+    """Canonical arguments as args (the tensors) and kwargs (the rest)."""
     names = list(kind_.params)
     args = tuple(arguments[n] for n in names[: kind_.tensors])
-    return args, {n: arguments[n] for n in names[kind_.tensors :]}
+    rest = {n: arguments[n] for n in names[kind_.tensors :]}
+    return args, {n: v for n, v in rest.items() if v is not None or n not in kind_.optional}

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
+from .batch_norm import TrainedBatchNorm
 from .graph import attribute, constant, edge_annotations, origin, state, tensor_info
 from .ops import kind_name
 from .qdq import DEQUANTIZE, QUANTIZE
@@ -63,10 +64,12 @@ class OpRow:
     """One operation that placement decided on, or could not.
 
     Attributes:
-        node: Its node. kind: Its op kind, or the type of a module that is kept whole. module_path: The
-        user's module. source: The user's ``file:line``. weighted: How many convolutions and matrix products
-        it is: 1, 0 for an addition, several for a module that is
-            kept whole.
+        node: Its node.
+        kind: Its op kind, or the type of a module that is kept whole.
+        module_path: The user's module.
+        source: The user's ``file:line``.
+        weighted: How many convolutions and matrix products it is: 1, 0 for an addition, several for a
+            module that is kept whole.
         precision: The data types of its edges (``int8``) if all that placement decided on are quantized, else
             ``float``. For an addition, that of its skip.
         identity: For an addition with a quantized skip: whether that is no convolution's own result.
@@ -136,9 +139,19 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
             source=where.source,
             weighted=weighted,
             precision="/".join(dict.fromkeys(e.spec.split()[0] for e in read)) if whole else "float",
-            identity=bool(skips) and kind_name(skips[0]) not in held.target.residual.weighted,
+            identity=bool(skips) and kind_name(_behind_norm(skips[0])) not in held.target.residual.weighted,
             edges=edges,
         )
+
+
+def _behind_norm(node: fx.Node) -> fx.Node:
+    """The layer whose BatchNorm a graph in training still has behind it; any other node itself."""
+    trained = node.op == "call_module" and isinstance(
+        attribute(node.graph.owning_module, str(node.target)),  # type: ignore[arg-type]
+        TrainedBatchNorm,
+    )
+    source = node.args[0] if trained else node
+    return source if isinstance(source, fx.Node) else node
 
 
 def _hidden(gm: fx.GraphModule, node: fx.Node) -> int:
@@ -197,7 +210,7 @@ def _scale_of(gm: fx.GraphModule, read: fx.Node) -> torch.Tensor | None:
     """The scale that `read` is quantized with, empty while unknown; None for a float tensor."""
     quantizer = quantizer_of(read)
     if quantizer is not None:
-        return quantizer.scale
+        return quantizer.scale if quantizer.solved else quantizer.scale.new_empty(0)
     if not is_dequantized(read):
         return None
     real = read if read.target is DEQUANTIZE else read.args[0]

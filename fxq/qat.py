@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from .backends.optional import require
+from .optional import require
 from .batch_norm import TrainedBatchNorm, batch_norms
 from .errors import CalibrationError, RecipeError
 from .fake_quantizers import POLICIES, FakeQuantizer, ScalePolicy

@@ -80,7 +80,7 @@ def unchecked_scale_and_zero_point(amin: Tensor, amax: Tensor, spec: QSpec) -> t
 def weight_range(weight: Tensor, spec: QSpec, axis: int | None) -> tuple[Tensor, Tensor]:
     """The range that a weight is quantized over, taken from the weight itself.
 
-    The spec's method ``mse`` searches, for each channel, the share of the full range with the least squared
+    The spec's methods ``mse`` and ``auto`` search, for each channel, the share of the full range with the least squared
     error between the weight and its quantized values; all others take the full range, because they need the
     statistics of many batches and a weight is but one tensor.
 
@@ -109,7 +109,7 @@ def weight_range(weight: Tensor, spec: QSpec, axis: int | None) -> tuple[Tensor,
         raise CalibrationError(
             "a weight holds NaN or Inf", hint="check the checkpoint the model was loaded from"
         )
-    if spec.calibration.name == "mse":
+    if spec.calibration.name in ("mse", "auto"):
         ratio = _best_ratio(rows, amin, amax, spec)
         amin, amax = amin * ratio, amax * ratio
     return (amin[0], amax[0]) if axis is None else (amin, amax)

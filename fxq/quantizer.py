@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from .errors import CalibrationError
-from .observers import FlexibleState, Observer, make_observer
+from .observers import FlexibleState, Histogram, Observer, make_observer
 from .qdq import fake_quantize
 from .qparams import scale_and_zero_point, weight_range
 from .recipe import Method, QSpec
@@ -32,6 +32,14 @@ class Mode(enum.Enum):
     OBSERVE = "observe"
     OFF = "off"
     QUANTIZE = "quantize"
+
+
+class Solution(NamedTuple):
+    """A scale and a zero point, and by which method they were found."""
+
+    scale: Tensor
+    zero_point: Tensor
+    method: str
 
 
 class Quantizer(FlexibleState):
@@ -53,6 +61,8 @@ class Quantizer(FlexibleState):
         observer: What it collects; None for a weight.
         scale: float32, [] or [channels]; empty, shape [0], until solved.
         zero_point: int32, likewise.
+        solved_by: What the scale was found by: a method's name, ``auto (mse)`` where auto chose it; empty if it
+            was set from outside.
     """
 
     scale: Tensor
@@ -65,6 +75,7 @@ class Quantizer(FlexibleState):
         super().__init__()
         self.spec, self.tensor, self.axis, self.tie = spec, tensor, axis, tie
         self.mode = Mode.OBSERVE
+        self.solved_by = ""
         self.observer = None if weight else make_observer(spec, channels=None, axis=axis)
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
@@ -131,31 +142,47 @@ class Quantizer(FlexibleState):
             CalibrationError: Nothing was collected, or it cannot answer the method, or the quantizer is a
                 weight's.
         """
-        self.set_parameters(*self.solution(method, others))
+        self.take(self.solution(method, others))
 
-    def solution(
-        self, method: Method | str | None = None, others: Iterable[Quantizer] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """What :meth:`solve` would set, (scale, zero_point); nothing is changed."""
+    def take(self, solution: Solution) -> None:
+        """Set scale and zero point to what :meth:`solution` said."""
+        self.set_parameters(solution.scale, solution.zero_point)
+        self.solved_by = solution.method
+
+    def solution(self, method: Method | str | None = None, others: Iterable[Quantizer] = ()) -> Solution:
+        """What :meth:`solve` would set; nothing is changed."""
         try:
-            return scale_and_zero_point(*self.range(method, others), self.spec)
+            observer = self._pooled(others)
+            chosen = self._method(method)
+            name = chosen.name
+            if name == "auto" and isinstance(observer, Histogram) and observer.fed:
+                chosen = observer.best(self.spec)
+                name = f"auto ({chosen.name})"
+            amin, amax = observer.compute(chosen, self.spec)
+            return Solution(*scale_and_zero_point(amin, amax, self.spec), name)
         except CalibrationError as error:
             raise self._named(error) from error
+
+    def _method(self, method: Method | str | None) -> Method:
+        return Method(method) if isinstance(method, str) else method or self.spec.calibration
 
     def range(
         self, method: Method | str | None = None, others: Iterable[Quantizer] = ()
     ) -> tuple[Tensor, Tensor]:
         """The range (amin, amax) that :meth:`solve` would quantize over; nothing is changed."""
+        return self._pooled(others).compute(self._method(method), self.spec)
+
+    def _pooled(self, others: Iterable[Quantizer]) -> Observer:
+        """The statistics of this and the other quantizers together."""
         if self.observer is None:
             raise CalibrationError(
                 f"{self.tensor} is a weight: its range is its own", hint="use solve_weight"
             )
-        chosen = Method(method) if isinstance(method, str) else method or self.spec.calibration
         rest = [other.observer for other in others if other is not self and other.observer is not None]
         observer = copy.deepcopy(self.observer) if rest else self.observer
         for more in rest:
             observer.merge(more)
-        return observer.compute(chosen, self.spec)
+        return observer
 
     def _named(self, error: CalibrationError) -> CalibrationError:
         return CalibrationError(f"{self.tensor}: {error.message}", node=self.tensor, hint=error.hint)
@@ -185,6 +212,7 @@ class Quantizer(FlexibleState):
         with torch.inference_mode(mode=False):  # an inference tensor could not be trained or saved later
             self.scale = scale.detach().to(torch.float32, copy=True)
             self.zero_point = zero_point.detach().to(torch.int32, copy=True)
+        self.solved_by = ""
 
     def extra_repr(self) -> str:
         """Tensor, spec and mode, for printed modules."""
@@ -230,19 +258,19 @@ def solve_all(gm: nn.Module, method: Method | str | None = None) -> None:
         CalibrationError: A quantizer saw no data, or its statistics cannot answer the method; nothing is
             changed then.
     """
-    solved: list[tuple[Quantizer, Tensor, Tensor]] = []
+    solved: list[tuple[Quantizer, Solution]] = []
     problems: list[CalibrationError] = []
     for group in tie_groups(q for q in quantizers(gm).values() if not q.weight):
         try:
-            scale, zero_point = group[0].solution(method, group[1:])
+            solution = group[0].solution(method, group[1:])
         except CalibrationError as error:
             problems.append(error)
         else:
-            solved += [(q, scale, zero_point) for q in group]
+            solved += [(q, solution) for q in group]
     if problems:
         raise CalibrationError(
             f"{len(problems)} quantizers cannot be solved: {'; '.join(e.message for e in problems)}",
             hint=problems[0].hint,
         ) from problems[0]
-    for quantizer, scale, zero_point in solved:
-        quantizer.set_parameters(scale, zero_point)
+    for quantizer, solution in solved:
+        quantizer.take(solution)

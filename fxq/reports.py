@@ -179,9 +179,19 @@ def _note_lines(notes: Iterable[Note], width: int) -> Iterator[str]:
         for (rule, head), found in groups.items():
             if head:
                 yield from _wrapped(f"  {rule}  ", head, width)
-            for note, text in found:
-                place = f" ({note.module_path})" if note.module_path not in ("", note.node) else ""
-                yield from _wrapped("    - " if head else f"  {rule}  ", f"{note.node}{place}: {text}", width)
+            for places, text in _merged(found):
+                yield from _wrapped("    - " if head else f"  {rule}  ", f"{places}: {text}", width)
+
+
+def _merged(found: Iterable[tuple[Note, str]]) -> Iterator[tuple[str, str]]:
+    """Nodes and text; nodes of which the same is to be said come together."""
+    by_text: dict[str, list[Note]] = {}
+    for note, text in found:
+        by_text.setdefault(text, []).append(note)
+    for text, notes in by_text.items():
+        place = notes[0].module_path
+        only = f" ({place})" if len(notes) == 1 and place not in ("", notes[0].node) else ""
+        yield ", ".join(note.node for note in notes) + only, text
 
 
 def _wrapped(start: str, text: str, width: int) -> list[str]:

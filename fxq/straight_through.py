@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .folding import Fold
 from .recipe import QDType
 
 __all__ = ["SMALLEST_SCALE", "ScaleGradient", "fake_quantize", "fake_quantize_weight", "keep"]
@@ -86,9 +87,10 @@ def fake_quantize(
     """
     if torch.compiler.is_compiling():
         return _traced(x, scale, dtype, gradient, gradient_scale)
-    learns = gradient is not ScaleGradient.NONE
+    if gradient is ScaleGradient.NONE and scale.requires_grad:
+        scale = scale.detach()
     result: Tensor = _PerTensor.apply(  # type: ignore[no-untyped-call]
-        x, scale if learns else scale.detach(), dtype, gradient, gradient_scale
+        x, scale, dtype, gradient, gradient_scale
     )
     return result
 
@@ -97,39 +99,55 @@ def fake_quantize_weight(
     weight: Tensor,
     scale: Tensor,
     dtype: QDType,
+    axis: int | None,
     *,
-    factor: Tensor | None = None,
+    fold: Fold | None = None,
     gradient: ScaleGradient = ScaleGradient.NONE,
     gradient_scale: float = 1.0,
 ) -> Tensor:
     """Quantize and dequantize a weight, over its values or over those that a BatchNorm behind it gives it.
 
-    With a factor, the weight is quantized as the folded weight ``weight * factor`` and divided by the factor again, so
+    With a fold, the weight is quantized as the folded weight ``weight * factor`` and divided by the factor again, so
     that the BatchNorm can follow (Jacob et al., 2018, section 3.2; the division is torch.ao's, done on the weight
-    instead of the layer's output). Where the factor is 0, which no division undoes, the weight passes as it is.
+    instead of the layer's output). Where the factor is 0, which no division undoes, the weight passes as it is. The
+    factor gets no gradient: under the straight-through estimate it cancels.
 
     Args:
         weight: Float, any shape.
-        scale: Positive float32 that broadcasts over the weight.
+        scale: Positive float32, [] if axis is None, else [weight.shape[axis]].
         dtype: An integer type; the zero point is 0.
-        factor: Float32 that broadcasts over the weight, or None for 1. It gets no gradient: under the straight-through
-            estimate it cancels.
+        axis: The per-channel axis, or None.
+        fold: The BatchNorm, or None for none.
         gradient: What the scale's gradient is.
         gradient_scale: What the scale's gradient is multiplied by.
     """
-    learns = gradient is not ScaleGradient.NONE
+    if gradient is ScaleGradient.NONE and scale.requires_grad:
+        scale = scale.detach()
     if torch.compiler.is_compiling():
-        if factor is None:
-            return _traced(weight, scale, dtype, gradient, gradient_scale)
-        held = _traced(weight * factor, scale, dtype, gradient, gradient_scale)
+        spread = _spread(scale, weight, axis)
+        if fold is None:
+            return _traced(weight, spread, dtype, gradient, gradient_scale)
+        factor = keep(fold.factor(weight))
+        held = _traced(weight * factor, spread, dtype, gradient, gradient_scale)
         return torch.where(factor == 0, weight, held / torch.where(factor == 0, 1.0, factor))
     result: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
-        weight, scale if learns else scale.detach(), factor, dtype, gradient, gradient_scale
+        weight, scale, axis, fold, dtype, gradient, gradient_scale
     )
     return result
 
 
-def _traced(x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float) -> Tensor:
+def _spread(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """The scale in a shape that broadcasts over x."""
+    if axis is None:
+        return scale
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return scale.view(shape)
+
+
+def _traced(
+    x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float
+) -> Tensor:
     """Fake quantization in operations whose own gradients are the wanted ones, over any scale that broadcasts."""
     held = scale.detach()
     if gradient is not ScaleGradient.NONE:
@@ -140,7 +158,9 @@ def _traced(x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gr
     steps = steps + (steps.round() - steps).detach()
     real = steps.clamp(dtype.qmin, dtype.qmax) * inner
     if gradient is ScaleGradient.PACT:
-        real = torch.where(steps > dtype.qmax, dtype.qmax * held, torch.where(steps < dtype.qmin, dtype.qmin * held, real))
+        real = torch.where(
+            steps > dtype.qmax, dtype.qmax * held, torch.where(steps < dtype.qmin, dtype.qmin * held, real)
+        )
     return real.to(x.dtype)
 
 
@@ -175,7 +195,13 @@ class _PerTensor(torch.autograd.Function):
             to_x, to_scale = _pieces_backward(grad, x, scale, dtype, gradient)
         else:
             to_x, to_scale = _plain_backward(grad, x, scale, dtype, gradient)
-        return to_x, None if to_scale is None else (to_scale * gradient_scale).reshape(scale.shape), None, None, None
+        return (
+            to_x,
+            None if to_scale is None else (to_scale * gradient_scale).reshape(scale.shape),
+            None,
+            None,
+            None,
+        )
 
 
 def _quantized(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
@@ -220,7 +246,12 @@ def _pieces_backward(
     if gradient is ScaleGradient.NONE:
         return torch.ops.aten.hardtanh_backward(grad, x, low, high), None
     flat = _dense(x)
-    if flat is None or grad.stride() != x.stride() or x.dtype is not torch.float32 or grad.dtype is not x.dtype:
+    if (
+        flat is None
+        or grad.stride() != x.stride()
+        or x.dtype is not torch.float32
+        or grad.dtype is not x.dtype
+    ):
         return _plain_backward(grad, x, scale, dtype, gradient)
     to_x = torch.empty_like(x)
     pieces = zip(*(_dense(t).split(_PIECE) for t in (grad, x, to_x)), strict=True)  # type: ignore[union-attr]
@@ -258,44 +289,51 @@ class _Weight(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         scale: Tensor,
-        factor: Tensor | None,
+        axis: int | None,
+        fold: Fold | None,
         dtype: QDType,
         gradient: ScaleGradient,
         gradient_scale: float,
     ) -> Tensor:
-        if gradient is not ScaleGradient.NONE:
+        learns = gradient is not ScaleGradient.NONE
+        if learns:
             scale = scale.clamp(min=SMALLEST_SCALE)
-        ctx.how = dtype, gradient, gradient_scale, scale.shape
-        if weight.is_cuda and _by_rows(weight, scale) and (kernels := _kernels()) is not None:
-            y, steps = kernels.weight_forward(weight, scale, factor, dtype.qmin, dtype.qmax)
+        ctx.how = dtype, gradient, gradient_scale, scale.shape, axis
+        factor = None
+        if weight.is_cuda and _by_rows(weight, axis, fold) and (kernels := _kernels()) is not None:
+            y, steps = kernels.weight_forward(weight, scale, fold, dtype.qmin, dtype.qmax)
+            if learns and fold is not None:
+                factor = fold.factor(weight)
         else:
-            y, steps = _weight_forward(weight, scale, factor, dtype)
-        undone = None
-        if gradient is not ScaleGradient.NONE and factor is not None:
-            undone = torch.where(factor == 0, 0.0, 1 / factor)
+            factor = None if fold is None else fold.factor(weight)
+            y, steps = _weight_forward(weight, _spread(scale, weight, axis), factor, dtype)
+        undone = torch.where(factor == 0, 0.0, 1 / factor) if learns and factor is not None else None
         ctx.save_for_backward(steps, undone)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         steps, undone = ctx.saved_tensors
-        dtype, gradient, gradient_scale, shape = ctx.how
+        dtype, gradient, gradient_scale, shape, axis = ctx.how
         low, high = dtype.qmin - _HALF, dtype.qmax + 0.5
         to_weight = torch.ops.aten.hardtanh_backward(grad, steps, low, high)
         if gradient is ScaleGradient.NONE or not ctx.needs_input_grad[1]:
-            return to_weight, None, None, None, None, None
+            return to_weight, None, None, None, None, None, None
         ends = steps.round().clamp_(dtype.qmin, dtype.qmax)
         inside = (steps > low) & (steps < high)
         within = ends - steps if gradient is ScaleGradient.LSQ else torch.zeros_like(ends)
         to_scale = grad * torch.where(inside, within, ends)
         if undone is not None:
             to_scale = to_scale * undone
-        return to_weight, to_scale.sum_to_size(shape) * gradient_scale, None, None, None, None
+        others = [d for d in range(steps.dim()) if axis is None or d != axis % steps.dim()]
+        return to_weight, to_scale.sum(others).view(shape) * gradient_scale, None, None, None, None, None
 
 
-def _by_rows(weight: Tensor, scale: Tensor) -> bool:
-    """Whether each row of a weight, [rows, …], has one scale, and all lie one after the other."""
-    return weight.is_contiguous() and (scale.dim() == 0 or scale.numel() == scale.shape[0])
+def _by_rows(weight: Tensor, axis: int | None, fold: Fold | None) -> bool:
+    """Whether rows, [rows, …], that lie one after the other are what has scales and what the BatchNorm's channels are."""
+    return (
+        weight.is_contiguous() and weight.dim() > 0 and axis in (None, 0) and not (fold and fold.transposed)
+    )
 
 
 def _weight_forward(
@@ -315,7 +353,9 @@ def _weight_pieces(
     weight: Tensor, scale: Tensor, factor: Tensor | None, real: Tensor, dtype: QDType
 ) -> tuple[Tensor, Tensor]:
     """The quantized weight times `real`, and the unrounded steps; row by row on a CPU."""
-    if not (weight.is_cpu and weight.dtype is torch.float32 and _by_rows(weight, scale)):
+    spreads = [t for t in (scale, factor) if t is not None and t.dim() > 0]
+    rows_alone = all(t.numel() == t.shape[0] for t in spreads)
+    if not (weight.is_cpu and weight.dtype is torch.float32 and weight.is_contiguous() and rows_alone):
         steps = (weight if factor is None else weight * factor).float() / scale
         return (steps.round().clamp_(dtype.qmin, dtype.qmax).mul_(real)).to(weight.dtype), steps
     steps, y = torch.empty_like(weight), torch.empty_like(weight)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import yaml
 
 from .errors import RecipeError, TargetError
-from .recipe import QSpec, spec_from
+from .specs import QSpec, spec_from
 
 __all__ = ["ACTIONS", "POLICIES", "Heuristic", "OpPlacement", "Residual", "Target"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .qparams import scale_and_zero_point
 from .recipe import Method, QDType, QSpec
 
-__all__ = ["Bins", "entropy", "mse", "percentile"]
+__all__ = ["Bins", "entropy", "mse", "percentile", "squared_error"]
 
 _FIRST: Final = 128  # TensorRT's calibrators start with this many bins
 _OCTAVES: Final = 10
@@ -203,11 +203,8 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 def mse(bins: Bins, method: Method, spec: QSpec) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     """The range with the least expected squared quantization error.
 
-    The error of a bin is the integral of ``(x - dequantize(quantize(x)))**2`` over it, values taken as evenly
-    spread
-    inside: rounding noise and clipping error in one exact formula, also where a step is finer than a bin.
-        Candidates
-    are the seen range cut at 24 thresholds an octave, ten octaves down.
+    Candidates are the seen range cut at 24 thresholds an octave, ten octaves down; their errors are those of
+    :func:`squared_error`.
 
     Args:
         bins: The histograms; see :meth:`Bins.without_zeros`.
@@ -219,15 +216,34 @@ def mse(bins: Bins, method: Method, spec: QSpec) -> tuple[Tensor, Tensor]:  # no
     """
     shares = torch.exp2(-torch.arange(_OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64) / _PER_OCTAVE)
     step = max(1, _CHUNK // (len(shares) * bins.counts.shape[1]))
-    error = torch.cat([_expected_error(part, shares, spec) for part in bins.without_zeros().channels(step)])
+    error = torch.cat([_cut_error(part, shares, spec) for part in bins.without_zeros().channels(step)])
     return bins.within(shares[error.argmin(dim=1)] * bins.reach)  # the first of equals: the widest
 
 
-def _expected_error(bins: Bins, shares: Tensor, spec: QSpec) -> Tensor:
+def _cut_error(bins: Bins, shares: Tensor, spec: QSpec) -> Tensor:
     """The summed squared error over each histogram if its range is cut to each share of its reach, [C, K]."""
     threshold = (bins.reach[:, None] * shares).float()
     low = torch.maximum(bins.amin[:, None], -threshold)
     high = torch.maximum(low, torch.minimum(bins.amax[:, None], threshold))
+    return squared_error(bins, low, high, spec)
+
+
+def squared_error(bins: Bins, low: Tensor, high: Tensor, spec: QSpec) -> Tensor:
+    """The expected squared quantization error, summed over each histogram.
+
+    The error of a bin is the integral of ``(x - dequantize(quantize(x)))**2`` over it, values taken as evenly
+    spread inside: rounding noise and clipping error in one exact formula, also where a step is finer than a
+    bin.
+
+    Args:
+        bins: The histograms; see :meth:`Bins.without_zeros`.
+        low: Where the ranges to quantize over begin, [C, K].
+        high: Where they end, likewise.
+        spec: How they are quantized.
+
+    Returns:
+        float64, [C, K].
+    """
     scale, zero_point = scale_and_zero_point(low, high, spec)
     edges = torch.arange(-bins.zero, bins.counts.shape[1] - bins.zero + 1) * bins.width[:, None]
     steps = edges[:, None, :] / scale[..., None]

@@ -1,17 +1,23 @@
 """Fake quantization on a GPU: one kernel each way, with the division and the rounding of :mod:`fxq.qdq`.
 
 Eager PyTorch needs five kernels forward and four backward for the same; memory traffic is what a training step has
-least of. Only :mod:`fxq.straight_through` loads this room, and only where Triton is installed.
+least of. Only :mod:`fxq.straight_through` loads this room, and only where Triton is installed. Triton reads a kernel's
+annotations itself and knows no types but its own, so kernels have none.
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .folding import Fold
 
 __all__ = ["backward", "forward", "weight_forward"]
 
@@ -21,7 +27,7 @@ _GRADIENTS: Final = {"none": 0, "lsq": 1, "pact": 2}
 
 
 @triton.jit
-def _steps(x: Any, scale: Any, low: tl.constexpr, high: tl.constexpr) -> Any:
+def _steps(x, scale, low: tl.constexpr, high: tl.constexpr):
     """x / scale, kept within one step of the range, where float32 tells halves apart; NaN stays NaN."""
     steps = tl.div_rn(x, scale)
     steps = tl.maximum(steps, low - 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -29,13 +35,13 @@ def _steps(x: Any, scale: Any, low: tl.constexpr, high: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _round(steps: Any) -> Any:
+def _round(steps):
     """Half to even, for magnitudes below 2**22: what adding and taking away 1.5 * 2**23 does in float32."""
     return (steps + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _forward(x_ptr: Any, scale_ptr: Any, y_ptr: Any, n: Any, low: tl.constexpr, high: tl.constexpr, block: tl.constexpr) -> None:
+def _forward(x_ptr, scale_ptr, y_ptr, n, low: tl.constexpr, high: tl.constexpr, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     valid = at < n
     x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
@@ -48,17 +54,17 @@ def _forward(x_ptr: Any, scale_ptr: Any, y_ptr: Any, n: Any, low: tl.constexpr, 
 
 @triton.jit
 def _backward(
-    grad_ptr: Any,
-    x_ptr: Any,
-    scale_ptr: Any,
-    to_x_ptr: Any,
-    partial_ptr: Any,
-    n: Any,
+    grad_ptr,
+    x_ptr,
+    scale_ptr,
+    to_x_ptr,
+    partial_ptr,
+    n,
     low: tl.constexpr,
     high: tl.constexpr,
     gradient: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     program = tl.program_id(0)
     at = program.to(tl.int64) * block + tl.arange(0, block)
     valid = at < n
@@ -77,18 +83,21 @@ def _backward(
 
 @triton.jit
 def _weight_forward(
-    weight_ptr: Any,
-    scale_ptr: Any,
-    factor_ptr: Any,
-    y_ptr: Any,
-    steps_ptr: Any,
-    columns: Any,
-    scale_stride: Any,
+    weight_ptr,
+    scale_ptr,
+    var_ptr,
+    gamma_ptr,
+    y_ptr,
+    steps_ptr,
+    columns,
+    scale_stride,
+    eps: tl.constexpr,
     low: tl.constexpr,
     high: tl.constexpr,
     folds: tl.constexpr,
+    scales: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     valid = column < columns
@@ -98,7 +107,10 @@ def _weight_forward(
     real = scale
     folded = weight
     if folds:
-        factor = tl.load(factor_ptr + row)
+        exact = tl.rsqrt(tl.load(var_ptr + row).to(tl.float64) + eps)
+        if scales:
+            exact = exact * tl.load(gamma_ptr + row).to(tl.float64)
+        factor = exact.to(tl.float32)
         folded = weight * factor
         real = scale / tl.where(factor == 0.0, 1.0, factor)
     steps = tl.div_rn(folded, scale)
@@ -118,8 +130,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
 
 
-def _on(x: Tensor) -> Any:
-    return torch.cuda.device_of(x)
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on the current device: make it x's."""
+    return nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
 def forward(x: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
@@ -162,14 +175,14 @@ def backward(
 
 
 def weight_forward(
-    weight: Tensor, scale: Tensor, factor: Tensor | None, qmin: float, qmax: float
+    weight: Tensor, scale: Tensor, fold: Fold | None, qmin: float, qmax: float
 ) -> tuple[Tensor, Tensor]:
     """The weight that training computes with, and its unrounded steps, float32; see fake_quantize_weight.
 
     Args:
         weight: Contiguous, [rows, …].
-        scale: Positive float32, with one value or one per row.
-        factor: Float32, one value per row, or None for 1.
+        scale: Positive float32, [] or [rows].
+        fold: The BatchNorm to fold in, whose channels are the rows; None for none.
         qmin: Smallest integer.
         qmax: Largest integer.
     """
@@ -177,11 +190,13 @@ def weight_forward(
     rows = weight.shape[0]
     columns = weight.numel() // max(rows, 1)
     if columns:
-        stride = 0 if scale.numel() == 1 else 1
-        held = scale if factor is None else factor
+        var, gamma = (
+            (scale, scale) if fold is None else (fold.var, scale if fold.gamma is None else fold.gamma)
+        )
         grid = (rows, triton.cdiv(columns, _BLOCK))
         with _on(weight):
             _weight_forward[grid](
-                weight, scale, held, y, steps, columns, stride, float(qmin), float(qmax), factor is not None, _BLOCK
-            )
+                weight, scale, var, gamma, y, steps, columns, scale.dim(), 0.0 if fold is None else fold.eps,
+                float(qmin), float(qmax), fold is not None, fold is not None and fold.gamma is not None, _BLOCK,
+            )  # fmt: skip
     return y, steps

@@ -21,10 +21,21 @@ from .graph import ALIASES, TENSOR, Aliases, TensorInfo, attribute, error_at, te
 __all__ = ["aliases", "fit", "put_back", "refuse", "set_item"]
 
 _SAME_ORDER: Final = frozenset(
-    ("view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten", "view_as", "reshape_as", "ravel")
-    + ("Flatten", "Unflatten", "atleast_1d", "atleast_2d", "atleast_3d")
+    [
+        *(
+            "view",
+            "reshape",
+            "flatten",
+            "unsqueeze",
+            "squeeze",
+            "unflatten",
+            "view_as",
+            "reshape_as",
+            "ravel",
+        ),
+        *("Flatten", "Unflatten", "atleast_1d", "atleast_2d", "atleast_3d"),
+    ]
 )
-_SWAPS: Final = frozenset(("transpose", "swapaxes", "swapdims", "t"))
 _SPLITS: Final = frozenset(("chunk", "split", "tensor_split", "split_with_sizes"))
 
 
@@ -66,10 +77,12 @@ def put_back(editor: Editor, view: fx.Node, source: fx.Node, base: fx.Node, valu
     call = _called(view)
     if call in _SAME_ORDER:
         return editor.call(torch.Tensor.reshape_as, (value, base), like=view, info=info)
-    undo = _UNDO.get(call, _swap if call in _SWAPS else None)
-    if undo is None:
+    if call in _INVERSES:
+        target, args, kwargs = _INVERSES[call](view, value)
+    elif call in _SCATTERS:
+        target, args, kwargs = _SCATTERS[call](view, base, value)
+    else:
         raise refuse(view, f"is a view through {call} whose memory is changed later")
-    target, args, kwargs = undo(view, base, value)
     return editor.call(target, args, kwargs, like=view, info=info)
 
 
@@ -90,23 +103,23 @@ def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _swap(view: fx.Node, base: fx.Node, value: fx.Node) -> Call:
+def _swap(view: fx.Node, value: fx.Node) -> Call:
     target = view.target if callable(view.target) else getattr(torch, str(view.target))
     return target, (value, *view.args[1:]), dict(view.kwargs)
 
 
-def _attribute_swap(view: fx.Node, base: fx.Node, value: fx.Node) -> Call:
+def _attribute_swap(view: fx.Node, value: fx.Node) -> Call:
     return getattr, (value, view.args[1]), {}
 
 
-def _permute(view: fx.Node, base: fx.Node, value: fx.Node) -> Call:
+def _permute(view: fx.Node, value: fx.Node) -> Call:
     dims = _argument(view, 1, "dims")
     dims = dims if isinstance(dims, tuple | list) else view.args[1:]
     inverse = sorted(range(len(dims)), key=lambda i: dims[i] % len(dims))
     return torch.permute, (value, tuple(inverse)), {}
 
 
-def _movedim(view: fx.Node, base: fx.Node, value: fx.Node) -> Call:
+def _movedim(view: fx.Node, value: fx.Node) -> Call:
     return torch.movedim, (value, _argument(view, 2, "destination"), _argument(view, 1, "source")), {}
 
 
@@ -127,15 +140,16 @@ def _diagonal(view: fx.Node, base: fx.Node, value: fx.Node) -> Call:
     return torch.diagonal_scatter, (base, value, *where), {}
 
 
-_UNDO: Final[dict[str, Callable[[fx.Node, fx.Node, fx.Node], Call]]] = {
+_INVERSES: Final[dict[str, Callable[[fx.Node, fx.Node], Call]]] = {
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), _swap),
+    **dict.fromkeys((".T", ".mT"), _attribute_swap),
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
     "permute": _permute,
-    "movedim": _movedim,
-    "moveaxis": _movedim,
+}
+_SCATTERS: Final[dict[str, Callable[[fx.Node, fx.Node, fx.Node], Call]]] = {
     "select": _select,
     "narrow": _narrow,
     "diagonal": _diagonal,
-    ".T": _attribute_swap,
-    ".mT": _attribute_swap,
 }
 
 
@@ -285,9 +299,6 @@ def _index_put(editor: Editor, node: fx.Node, part: fx.Node, parsed: _Index, val
     if not isinstance(value, fx.Node):
         single = TensorInfo((), info.dtype)
         value = editor.call(torch.Tensor.new_full, (part, (), value), like=node, info=single)
-    elif given is not None and given.dtype is not info.dtype:
-        cast = TensorInfo(given.shape, info.dtype)
-        value = editor.call(torch.Tensor.to, (value, info.dtype), like=node, info=cast)
     indices: list[Any] = []
     reached = 0
     for position, tensor in parsed.tensors:

@@ -101,7 +101,7 @@ class Advise(Pass):
 
     Raises:
         TargetError: A heuristic names a check that does not exist, or parameters that the check does not
-        take.
+            take.
     """
 
     name: ClassVar[str] = "advise"

@@ -87,7 +87,7 @@ class _Edge:
     """One edge of an operation.
 
     Attributes:
-        key: Its key among the edge_annotations.
+        key: Its key among the annotations.
         role: What a recipe calls it.
         placed: Whether the target quantizes it.
     """
@@ -98,7 +98,11 @@ class _Edge:
 
 
 def matches(rule: Rule, node: fx.Node) -> bool:
-    """Whether `rule` speaks of `node`."""
+    """Whether `rule` speaks of `node`.
+
+    Raises:
+        RecipeError: The rule's predicate failed.
+    """
     match = rule.match
     where = origin(node)
     if isinstance(match, str):
@@ -109,7 +113,13 @@ def matches(rule: Rule, node: fx.Node) -> bool:
         return any(fnmatch.fnmatchcase(path, match) for path in paths)
     if isinstance(match, type):
         return any(issubclass(kind, match) for kind in where.module_types)
-    return bool(match(node))
+    try:
+        return bool(match(node))
+    except Exception as error:
+        message = f"the predicate {rule.text} failed on {node.name}: {type(error).__name__}: {error}"
+        raise error_at(
+            RecipeError, message, node, "it is asked about every operation of the graph"
+        ) from error
 
 
 def applied(node: fx.Node, role: str, recipe: Recipe) -> tuple[int, Rule] | None:

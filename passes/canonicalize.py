@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
@@ -50,12 +50,5 @@ class Canonicalize(Pass):
         bound = bind(spelled, node.args, node.kwargs)
         if bound is None:
             return
-        args, kwargs = split_args(spelled.kind, _swapped(node, bound))
+        args, kwargs = split_args(spelled.kind, bound)
         editor.retarget(node, spelled.kind.target, args, kwargs)
-
-
-def _swapped(node: fx.Node, bound: dict[str, Any]) -> dict[str, Any]:
-    """Reflected operators (``__radd__``, ``__rmul__``) take their operands the other way round."""
-    if node.op == "call_method" and str(node.target) in ("__radd__", "__rmul__"):
-        return {**bound, "input": bound["other"], "other": bound["input"]}
-    return bound

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..editor import Editor
 from ..graph import ALIASES, TENSOR, TensorInfo, attribute, tensor_info
-from ..ops import inplace_target
+from ..ops import bind, inplace_target, spelling, split_args
 from ..passbase import Pass
 from ..views import aliases, fit, put_back, refuse, set_item
 
@@ -20,6 +20,7 @@ __all__ = ["Functionalize"]
 
 _NO_WRITE: Final = frozenset(("requires_grad_", "detach_", "share_memory_"))
 _SHAPE_ONLY: Final = frozenset(("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"))
+_BATCH_STATISTICS: Final = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 _RESTRIDES: Final = frozenset(("resize_", "resize_as_", "as_strided_", "set_"))
 
 
@@ -55,7 +56,7 @@ class Functionalize(Pass):
                 continue
             if node.target in _SHAPE_ONLY and node.op == "call_method":
                 memory.reshape(node)
-            elif aliases(node).written:
+            elif not _forget_statistics(editor, node) and aliases(node).written:
                 memory.write(node)
             elif not _tidy(editor, node):
                 memory.define(node)
@@ -72,6 +73,17 @@ def _tidy(editor: Editor, node: fx.Node) -> bool:
     if inplace_target(node) is not None or _inplace_argument(node) is not None:
         _make_pure(editor, node)
     return False
+
+
+def _forget_statistics(editor: Editor, node: fx.Node) -> bool:
+    """A norm that takes the batch's statistics need not have running ones, which it would update."""
+    spelled = spelling(node)
+    flag = _BATCH_STATISTICS.get(spelled.kind.name) if spelled is not None else None
+    bound = bind(spelled, node.args, node.kwargs) if spelled is not None and flag is not None else None
+    if spelled is None or bound is None or bound[str(flag)] is not True or bound["running_mean"] is None:
+        return False
+    args, kwargs = split_args(spelled.kind, {**bound, "running_mean": None, "running_var": None})
+    return editor.retarget(node, spelled.kind.target, args, kwargs)
 
 
 @dataclass
@@ -197,7 +209,8 @@ class _Memory:
             self._spread(target, result)
         if node is not result:
             self.editor.replace(node, result)
-            self.editor.erase(node)
+            if not node.users:  # a cast of its result needs it
+                self.editor.erase(node)
 
     def _check(self, node: fx.Node, target: fx.Node) -> None:
         written = aliases(node).written
@@ -308,15 +321,15 @@ def _make_pure(editor: Editor, node: fx.Node) -> bool:
     elif isinstance(pure, str) and hasattr(torch.Tensor, pure):
         editor.retarget_method(node, pure)
     elif isinstance(argument, int):
-        editor.set_arg(node, argument, False)
+        editor.set_arg(node, argument, value=False)
     elif argument is not None:
-        editor.set_kwarg(node, argument, False)
+        editor.set_kwarg(node, argument, value=False)
     elif node.op == "call_module":
         module = attribute(editor.gm, str(node.target))
         if not hasattr(module, "inplace") or list(module.children()):
             return False
         if module.inplace:  # for all its calls: each of them is found to write
-            editor.set_option(str(node.target), "inplace", False)
+            editor.set_option(str(node.target), "inplace", value=False)
     else:
         return False
     return True

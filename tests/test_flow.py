@@ -263,8 +263,8 @@ def test_trained_resnet20_keeps_its_accuracy(real_data: Path, tmp_path: Path) ->
         reference, simulated = model(test), quantized(test)
     exported = Session(path).run(test)[0]
     assert top1(reference, labels) == pytest.approx(81.5, abs=0.11)
-    assert abs(top1(simulated, labels) - top1(reference, labels)) <= 0.5
-    assert abs(top1(exported, labels) - top1(reference, labels)) <= 0.5
+    assert abs(top1(simulated, labels) - top1(reference, labels)) <= 0.3
+    assert abs(top1(exported, labels) - top1(reference, labels)) <= 0.3
     assert min(sqnr_db(reference, simulated), sqnr_db(reference, exported)) > 26.5
     assert len(fxq.report(quantized).skips) == 9
     assert not fxq.lint(path).errors

@@ -19,24 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer and of those above it in this list. "passes" and "backends" stand for all rooms of those folders.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("recipe", "rules", "target"),
-    (
-        "qparams",
-        "qdq",
-        "thresholds",
-        "observers",
-        "quantizer",
-        "folding",
-        "straight_through",
-        "batch_norm",
-        "fake_quantizers",
-    ),
-    ("graph", "editor", "ops", "printer", "proxies", "shapes", "views"),
-    ("passbase", "tracer", "verify"),
-    ("calibration", "graph_lint", "manager", "placement", "reports"),
+    ("optional",),
+    ("recipe", "rules", "specs", "target"),
+    ("folding", "histogram", "observer_kernels", "qparams", "qdq", "straight_through", "thresholds", "triton_kernels"),
+    ("observers", "quantizer"),
+    ("editor", "graph", "ops", "printer", "views"),
+    ("batch_norm", "fake_quantizers", "match", "passbase", "proxies", "rewriting", "shapes", "tracer", "verify"),
+    ("batches", "bias_correction", "calibration", "manager", "nonfinite", "placement", "qat", "reports"),
     ("passes",),
     ("backends",),
-    ("flow", "qat"),
+    ("flow",),
     ("__init__", "demo"),
 )
 # Beside the order: who may not see whom although it comes later.

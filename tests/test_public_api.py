@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_every_name_is_documented() -> None:
 
 def test_no_room_has_the_name_of_an_export() -> None:
     """`fxq.calibrate` must not be the function or the module, depending on what was imported first."""
-    assert sorted({path.stem for path in ROOMS if path.parent.name == "fxq"} & set(fxq.__all__)) == []
+    functions = {name for name in fxq.__all__ if not isinstance(getattr(fxq, name), ModuleType)}
+    assert sorted({path.stem for path in ROOMS if path.parent.name == "fxq"} & functions) == []
 
 
 def test_documents_use_only_names_that_exist() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +19,11 @@ from fxq.errors import PassError, RecipeError, VerifyError
 from fxq.graph import state
 from fxq.manager import PassManager, Pipeline
 from fxq.passbase import Pass
-from fxq.passes import CONVERT, PREPARE, Annotate, FuseBatchNorm, InsertQuantizers
+from fxq.passes import CONVERT, PREPARE, Annotate, ConvertQuantizers, FuseBatchNorm, InsertQuantizers
 from fxq.printer import format_graph
+from fxq.quantizer import quantizers
 from fxq.recipe import Recipe, Rule
+from fxq.reports import build_report
 
 X = (2, 3, 16, 16)
 
@@ -273,31 +278,40 @@ def chain(length: int) -> nn.Module:
     return seeded(Chain)
 
 
-def visits(length: int) -> dict[str, float]:
-    """How many Python functions each pass calls, per node of the graph that it leaves."""
-    import sys
-
+def calls_of(function: Callable[[], object]) -> int:
+    """How many functions run while `function` does: what it costs, whatever the machine is busy with."""
     calls = 0
 
     def count(_frame: object, event: str, _arg: object) -> None:
         nonlocal calls
         calls += event in ("call", "c_call")
 
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def visits(length: int) -> dict[str, float]:
+    """How many functions run in each step, per node of the graph that it leaves."""
     gm = traced(chain(length), image(1, 2, 2, 2))
     counted = {}
     for p in PREPARE:
-        calls = 0
-        sys.setprofile(count)
-        try:
-            PassManager().run(Pipeline("one", (p,)), gm, inplace=True)
-        finally:
-            sys.setprofile(None)
-        counted[p.name] = calls / len(gm.graph.nodes)
-    return counted
+        cost = calls_of(partial(PassManager().run, Pipeline("one", (p,)), gm, inplace=True))
+        counted[p.name] = cost / len(gm.graph.nodes)
+    for quantizer in quantizers(gm).values():
+        channels = () if quantizer.axis is None else (2,)
+        quantizer.set_parameters(torch.ones(channels), torch.zeros(channels, dtype=torch.int32))
+    pipeline = Pipeline("one", (ConvertQuantizers(),))
+    steps = {"convert-quantizers": partial(PassManager().run, pipeline, gm, inplace=True)}
+    steps |= {"format_graph": partial(format_graph, gm), "report": partial(build_report, gm)}
+    return counted | {name: calls_of(step) / len(gm.graph.nodes) for name, step in steps.items()}
 
 
 def test_work_per_node_does_not_grow_with_the_graph() -> None:
-    """Passes and verification are linear: ten times the graph costs no pass notably more per node."""
+    """Passes, verification and reports are linear: in ten times the graph a node costs what it did."""
     small, large = visits(300), visits(3000)
     growing = {name: (small[name], large[name]) for name in small if large[name] > 1.3 * small[name] + 1}
     assert growing == {}

@@ -24,8 +24,8 @@ from fxq.recipe import (
     QSpec,
     Recipe,
     Rule,
-    spec_from,
 )
+from fxq.specs import spec_from, spec_to
 
 FULL = QSpec("int8", symmetric=True, granularity="per-tensor", method="max")
 
@@ -293,7 +293,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
         Recipe.from_yaml(tmp_path / "none.yaml")
 
 
-def test_spec_from() -> None:
+def test_plain_data() -> None:
+    assert spec_to(None) is None
+    assert spec_to(FULL) == {"dtype": "int8", "symmetric": True, "granularity": "per-tensor", "method": "max"}
     assert spec_from(None, "here") is None
     assert spec_from({}, "here") == QSpec()
     assert spec_from({"granularity": "per-channel"}, "here") == QSpec(granularity=PerChannel())

@@ -317,7 +317,15 @@ def test_notes_are_grouped() -> None:
     lines = fxq.report(prepared(basic_net(), image(*X))).text(120).splitlines()
     start = lines.index("advice (3)")
     assert lines[start + 1] == "  R35  INT8 kernels for so few channels are seldom faster than floating point"
-    assert lines[start + 2].startswith("    - blocks_0_bn1 (blocks.0.conv1): 8 input and 8 output channels")
+    assert lines[start + 2 : start + 3] == [
+        "    - blocks_0_bn1, blocks_0_bn2: 8 input and 8 output channels with a 3x3 kernel"
+    ]
+    lone = fxq.report(prepared(lenet(), image(1, 1, 28, 28))).text(120).splitlines()
+    assert "    - conv1: 1 input and 6 output channels with a 5x5 kernel" in lone
+    inner = seeded(lambda: nn.Sequential(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 3))))
+    assert "    - _0_1 (0.1): 3 input and 3 output channels with a 3x3 kernel" in str(
+        fxq.report(prepared(inner, image(*X)))
+    )
     assert sum("INT8 kernels for so few channels" in line for line in lines) == 1
 
 

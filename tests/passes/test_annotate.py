@@ -184,18 +184,29 @@ def test_matching(case: str) -> None:
     assert found == {name: edges for name, edges in ALL.items() if name not in excluded}
 
 
-def test_globs_hold_for_what_is_inside() -> None:
+INSIDE = {
+    "blocks.1": "blocks_1_",
+    "blocks.1*": "blocks_1_",
+    "*.1": "blocks_1_",
+    "blocks.?": "blocks_",
+    "blocks.1.downsample": "blocks_1_downsample",
+}
+
+
+@pytest.mark.parametrize("match", INSIDE)
+def test_globs_hold_for_what_is_inside(match: str) -> None:
     x = image(2, 3, 16, 16)
-    everything = set(low(basic_net(), x, recipe=Recipe()))
-    inside = {n for n in everything if n.startswith("blocks_1_")}
-    for match in ("blocks.1", "blocks.1*", "*.1", "blocks.?"):
-        found = set(low(basic_net(), x, recipe=rules(Rule(match, None))))
-        assert found == everything - (
-            inside if match != "blocks.?" else {n for n in everything if "blocks" in n}
-        ), match
-    assert set(low(basic_net(), x, recipe=rules(Rule("blocks.1.downsample", None)))) == everything - {
-        "blocks_1_downsample_1"
-    }
+    everything = low(basic_net(), x, recipe=Recipe())
+    found = low(basic_net(), x, recipe=rules(Rule(match, None)))
+    assert set(everything) - set(found) == {name for name in everything if name.startswith(INSIDE[match])}
+
+
+def test_a_predicate_that_fails_is_the_recipes_fault() -> None:
+    with pytest.raises(RecipeError) as caught:
+        annotated(lenet(), image(*DIGITS), recipe=rules(Rule(lambda n: n.colour == "red", None)))
+    assert "<lambda> failed on conv1: AttributeError" in caught.value.message
+    assert (caught.value.node, caught.value.module_path) == ("conv1", "conv1")
+    assert "toys.py:" in str(caught.value.source)
 
 
 def test_a_type_holds_for_what_is_inside() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fxq.backends.optional import require
+from fxq.optional import require
 from fxq.errors import MissingDependencyError
 
 
