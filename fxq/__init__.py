@@ -6,15 +6,16 @@ backends.
 
 from __future__ import annotations
 
-from . import passes, qat
+from . import calibration_io, passes, qat
 from .editor import Editor
 from .errors import FxqError
-from .flow import build, calibrate, convert, export, lint, prepare, prepare_qat, quantize, report, trace
+from .flow import build, calibrate, convert, export, lint, prepare, prepare_qat, quantize, report, solve, trace
 from .graph import Annotation
 from .manager import PassManager, Pipeline
 from .passbase import Pass, PassResult
 from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
+from .rewriting import RewritePass
 from .target import Target
 
 __version__ = "0.1.0"
@@ -33,10 +34,12 @@ __all__ = [
     "Pipeline",
     "QSpec",
     "Recipe",
+    "RewritePass",
     "Rule",
     "Target",
     "build",
     "calibrate",
+    "calibration_io",
     "convert",
     "export",
     "format_graph",
@@ -47,5 +50,6 @@ __all__ = [
     "qat",
     "quantize",
     "report",
+    "solve",
     "trace",
 ]

@@ -59,17 +59,21 @@ class Sampler:
         self.batches = batches
         self.wanted = min(max(_BUDGET * examples // max(largest, 1), _FEWEST), _MOST)
         self.kept: list[Any] = []
+        self._samples = 0
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]  # a TypeError, as of the batches themselves
 
     def __iter__(self) -> Iterator[Any]:
-        samples = 0
         for batch in self.batches:
-            if samples < self.wanted:
-                self.kept.append(batch)
-                samples += _samples(batch)
+            self.keep(batch)
             yield batch
+
+    def keep(self, batch: Any) -> None:
+        """Keep a batch if there is room."""
+        if self._samples < self.wanted:
+            self.kept.append(batch)
+            self._samples += _samples(batch)
 
 
 def _samples(batch: Any) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,11 +14,13 @@ import torch
 from torch import fx
 
 from .batches import limited, model_inputs, moved, random_batches
+from .calibration_report import CalibrationReport, CalibrationRow, report_row
 from .errors import CalibrationError
 from .graph import constant, origin
 from .nonfinite import NonfiniteProbe
-from .observers import NEVER, Histogram
+from .observers import NEVER
 from .quantizer import Mode, Quantizer, quantized_nodes, quantizers, solve_all
+from .ranks import TIMEOUT, Ranks, joined
 from .recipe import Method
 
 __all__ = [
@@ -31,74 +33,8 @@ __all__ = [
 ]
 
 _CHECK_EVERY: Final = 8  # batches between two looks for NaN; as many batches are kept to find the place
-_OUTLIER: Final = 100.0
-_WIDTH: Final = 118
 
 Forward = Callable[[Any, Any], Any]
-
-
-@dataclass(frozen=True)
-class CalibrationRow:
-    """What calibration found for one tensor.
-
-    Attributes:
-        name: The tensor's name, which is its quantizer's.
-        module_path: Where in the model it comes from.
-        method: How its range was taken.
-        amin: Smallest value seen, over all channels.
-        amax: Largest value seen, likewise.
-        scale: The solved scale, one per channel.
-        batches: How many batches reached it.
-        counted: The share of its elements that went into its histogram; None if it has none.
-        marks: What looks odd: ``all-zero``, ``outlier`` (the largest value is 100 times what 99.9% of the
-            values stay below), ``3 dead channels``.
-    """
-
-    name: str
-    module_path: str
-    method: str
-    amin: float
-    amax: float
-    scale: tuple[float, ...]
-    batches: int
-    counted: float | None = None
-    marks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class CalibrationReport:
-    """What calibration found; prints as a table.
-
-    Attributes:
-        rows: One per activation tensor, in graph order.
-        batches: How many batches were fed since the last reset.
-    """
-
-    rows: tuple[CalibrationRow, ...]
-    batches: int
-
-    def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(
-            title=f"calibrated on {self.batches} batches", box=box.SIMPLE_HEAD, title_justify="left"
-        )
-        for name in ("tensor", "module", "method"):
-            table.add_column(name, overflow="fold")
-        for name in ("min", "max", "scale"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("marks", overflow="fold")
-        for row in self.rows:
-            scale = f"{row.scale[0]:.6g}"
-            if len(row.scale) > 1:
-                scale = f"{min(row.scale):.4g} … {max(row.scale):.4g}"
-            cells = (row.name, row.module_path, row.method, f"{row.amin:.6g}", f"{row.amax:.6g}", scale)
-            table.add_row(*cells, ", ".join(row.marks))
-        text = io.StringIO()
-        Console(file=text, width=_WIDTH, color_system=None).print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
 def calibrate(
@@ -109,11 +45,17 @@ def calibrate(
     progress: bool = True,
     forward: Forward | None = None,
     reset: bool = True,
+    across_ranks: bool = True,
+    rank_timeout: float = TIMEOUT,
 ) -> CalibrationReport:
     """Feed batches to the observers of a prepared graph and solve every scale.
 
     The graph runs in eval mode under inference mode, on its own device; modes are put back afterwards. Ctrl-C
     leaves what was collected: go on with ``reset=False``, or :func:`solve`.
+
+    Where torch.distributed has several processes, each feeds batches of its own and all get the scales of one
+    process that saw everything: exactly for maxima and histograms, and for moving averages as if the ranks'
+    batches had come one rank after the other.
 
     Args:
         gm: A prepared graph; its quantizers are changed.
@@ -125,6 +67,9 @@ def calibrate(
         forward: ``forward(model, batch)`` runs one batch in your own way; the batch is handed over as it
             came.
         reset: Forget earlier statistics first (default); False adds to them.
+        across_ranks: Merge the statistics of all processes of torch.distributed's default group, where there is
+            one; every rank has to call.
+        rank_timeout: Seconds that ranks wait for each other.
 
     Returns:
         Ranges and scales per tensor.
@@ -132,8 +77,33 @@ def calibrate(
     Raises:
         CalibrationError: There was no batch, or one that does not fit the model; NaN or Inf reached a
             quantizer (the message names the batch and the node that made it); or a quantizer saw no data (all
-            are named).
+            are named). If one rank has such a problem or dies, all ranks raise.
     """
+    with joined(rank_timeout) if across_ranks else nullcontext() as ranks:
+        failed: BaseException | None = None
+        try:
+            _collect(gm, batches, max_batches, forward, progress=progress, reset=reset, ranks=ranks)
+        except BaseException as error:
+            if ranks is None:
+                raise
+            failed = error
+        if ranks is not None:
+            ranks.agree(failed)
+            _merge(gm, ranks)
+    return solve(gm)
+
+
+def _collect(
+    gm: fx.GraphModule,
+    batches: Any,
+    max_batches: int | None,
+    forward: Forward | None,
+    *,
+    progress: bool,
+    reset: bool,
+    ranks: Ranks | None,
+) -> None:
+    """Feed this process's batches."""
     found = quantizers(gm)
     if not found:
         raise CalibrationError(
@@ -143,17 +113,37 @@ def calibrate(
     if max_batches is not None and max_batches < 1:
         raise CalibrationError(f"max_batches is {max_batches}", hint="give 1 or more, or None for all")
     observing = [q for q in found.values() if q.observer is not None]
-    if reset:
-        for quantizer in observing:
+    for quantizer in observing:
+        # What all ranks hold alike counts once: as the first one's.
+        if reset or (ranks is not None and ranks.rank > 0 and quantizer.observer is not None and quantizer.observer.shared):
             quantizer.reset()
     feeder = _Feeder(gm, observing, forward or _plain_forward(gm))
+    show = progress and (ranks is None or ranks.rank == 0)
     with _collecting(gm, observing):
-        fed = feeder.run(limited(batches, max_batches, show=progress))
+        fed = feeder.run(limited(batches, max_batches, show=show))
     if fed == 0:
         raise CalibrationError(
             "there was no batch to calibrate on", hint="pass at least one; a generator can be read only once"
         )
-    return solve(gm)
+
+
+def _merge(gm: fx.GraphModule, ranks: Ranks) -> None:
+    """Put the statistics of all ranks together, in their order, on every rank."""
+    observing = {name: q.observer for name, q in quantizers(gm).items() if q.observer is not None}
+    own = {
+        f"{name}.{key}": value for name, o in observing.items() for key, value in o.state_dict().items()
+    }
+    states = ranks.gather(own)
+    for name, observer in observing.items():
+        prefix = f"{name}."
+        part = copy.deepcopy(observer)
+        observer.reset()
+        for state in states:
+            part.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+            observer.merge(part)
+        observer.shared = True
 
 
 def solve(gm: fx.GraphModule, method: Method | str | None = None) -> CalibrationReport:
@@ -164,8 +154,8 @@ def solve(gm: fx.GraphModule, method: Method | str | None = None) -> Calibration
     Args:
         gm: A calibrated graph; its scales are changed.
         method: How to take the ranges: a name in :data:`fxq.recipe.METHODS` or a Method; None (default) is
-            what each tensor's spec says. Percentile, entropy and MSE need histograms, which a spec with any
-            of them collects.
+            what each tensor's spec says. All but ``max`` and ``moving-average`` need histograms, which a spec
+            with any of the others collects.
 
     Raises:
         CalibrationError: A quantizer saw no data, or its statistics cannot answer the method; all are named,
@@ -186,8 +176,9 @@ def solve(gm: fx.GraphModule, method: Method | str | None = None) -> Calibration
         weight = constant(places.get(name))
         if quantizer.weight and weight is not None:
             quantizer.solve_weight(weight)
-    rows = tuple(_row(q, _module(places.get(name)), method) for name, q in observed.items())
-    return CalibrationReport(rows, max((row.batches for row in rows), default=0))
+    rows = tuple(report_row(q, _module(places.get(name))) for name, q in observed.items())
+    by_name = {q.tensor: q for q in observed.values()}
+    return CalibrationReport(rows, max((row.batches for row in rows), default=0), by_name)
 
 
 def _module(node: fx.Node | None) -> str:
@@ -282,36 +273,3 @@ class _Feeder:
             f"NaN or Inf reached the quantizers of {', '.join(names)}",
             hint="they did not come again when the last batches were run again: is the model random?",
         )
-
-
-def _row(quantizer: Quantizer, module_path: str, method: Method | str | None) -> CalibrationRow:
-    observer = quantizer.observer
-    assert observer is not None
-    chosen = method if method is not None else quantizer.spec.calibration
-    return CalibrationRow(
-        name=quantizer.tensor,
-        module_path=module_path,
-        method=chosen if isinstance(chosen, str) else chosen.name,
-        amin=float(observer.amin.min()),
-        amax=float(observer.amax.max()),
-        scale=tuple(quantizer.scale.reshape(-1).tolist()),
-        batches=int(observer.batches),
-        counted=observer.fraction if isinstance(observer, Histogram) else None,
-        marks=tuple(_marks(quantizer)),
-    )
-
-
-def _marks(quantizer: Quantizer) -> Iterator[str]:
-    observer = quantizer.observer
-    assert observer is not None
-    reach = torch.maximum(observer.amin.abs(), observer.amax.abs())
-    dead = int((reach == 0).sum())
-    if dead == reach.numel():
-        yield "all-zero"
-    elif dead:
-        yield f"{dead} dead channels"
-    if isinstance(observer, Histogram):
-        low, high = observer.compute(Method("percentile", percentile=99.9), quantizer.spec)
-        usual = torch.maximum(low.abs(), high.abs())
-        if bool((reach > _OUTLIER * usual).logical_and(usual > 0).any()):
-            yield "outlier"

@@ -34,6 +34,10 @@ EPOCHS: Final = 15
 BATCH: Final = 32
 LATENCY_BATCH: Final = 64
 LATENCY_RUNS: Final = 60
+_FIX: Final = (
+    "and quantized. The skip input of the add reads the quantizer of the block's own input (R24), so it travels "
+    "in INT8; the convolution's output stays float, so that TensorRT makes one kernel of both (R23):"
+)
 _WHY_SLOW: Final = (
     "That is expected: a TensorRT-style Q/DQ file (symmetric, skips only, float biases) is made for "
     "TensorRT's kernels. ONNX Runtime's CPU kernels want uint8 activations and quantized additions, and run "
@@ -179,19 +183,9 @@ def _show_residual(console: Console, traced: fx.GraphModule, quantized: fx.Graph
     console.print(
         fxq.format_graph(traced, lambda n: n.name.startswith("layer1_0")), markup=False, style="dim"
     )
-    console.print(
-        "\nand quantized. The skip input of the add reads the quantizer of the block's own input (R24), so it "
-        "travels in INT8; the convolution's output stays float, so that TensorRT makes one kernel of both (R23):"
-    )
-    near = (
-        "relu",
-        "relu_quantize",
-        "relu_quantizer",
-        "layer1_0_relu_quantizer",
-        "layer1_0_bn2",
-        "layer1_0_add",
-    )
-    console.print(fxq.format_graph(quantized, lambda n: n.name in near), markup=False, style="dim")
+    console.print(f"\n{_FIX}")
+    shown = "relu relu_quantize relu_dequantize layer1_0_relu_dequantize layer1_0_bn2 layer1_0_add".split()
+    console.print(fxq.format_graph(quantized, lambda n: n.name in shown), markup=False, style="dim")
 
 
 def _show_results(

@@ -241,7 +241,7 @@ class Editor:
             self.counts["annotated"] += 1
 
     def set_tensor(self, path: str, value: torch.Tensor) -> None:
-        """Store a tensor at a dotted path: a floating Parameter if it requires grad or was one, else a buffer."""
+        """Store a tensor at a dotted path: a Parameter stays one, any other tensor becomes a buffer."""
         owner_path, _, name = path.rpartition(".")
         owner = self.make_modules(owner_path)
         for registry in (owner._parameters, owner._buffers):
@@ -255,7 +255,7 @@ class Editor:
     def set_module(self, path: str, module: torch.nn.Module) -> None:
         """Store a module at a dotted path."""
         owner_path, _, name = path.rpartition(".")
-        self.make_modules(owner_path).add_module(name, module)
+        self.make_modules(owner_path).add_module(name, module.train(self.gm.training))
         self.counts["stored"] += 1
 
     def set_option(self, path: str, name: str, value: Any) -> None:
@@ -269,7 +269,7 @@ class Editor:
         for part in path.split(".") if path else ():
             child = getattr(owner, part, None)
             if child is None:
-                child = torch.nn.Module()
+                child = torch.nn.Module().train(self.gm.training)
                 owner.add_module(part, child)
             owner = child
         return owner
@@ -289,9 +289,10 @@ class Editor:
             if not used.isdisjoint(_prefixes(path)):
                 continue
             for registry in (module._parameters, module._buffers):
-                for name in [n for n in registry if (f"{path}.{n}" if path else n) not in used]:
-                    del registry[name]
-                    self.counts["dropped"] += 1
+                for name, stored in registry.items():
+                    if stored is not None and (f"{path}.{name}" if path else name) not in used:
+                        registry[name] = None  # not deleted: printing a Conv2d asks for its bias
+                        self.counts["dropped"] += 1
         keep = {prefix for u in used for prefix in _prefixes(u)}
         for path, _ in sorted(self.gm.named_modules(remove_duplicate=False), key=lambda row: -len(row[0])):
             if path and path not in keep and used.isdisjoint(_prefixes(path)):

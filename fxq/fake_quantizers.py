@@ -235,7 +235,8 @@ class FakeQuantizer(Quantizer):
             return self._fake_quantize(real)
         if self.mode is not Mode.QUANTIZE:
             return weight
-        if self.policy == "max":
+        refresh = self._refreshes(weight, fold)
+        if self.policy == "max" and not refresh:
             self._follow(weight.detach() * fold.factor(weight))
         self._require_solved()
         if not self._fast:
@@ -243,8 +244,22 @@ class FakeQuantizer(Quantizer):
             real = self._exact(weight * factor)
             return torch.where(factor == 0, weight, real / torch.where(factor == 0, 1.0, factor))
         return straight_through.fake_quantize_weight(
-            weight, self._training_scale, self._dtype, self.axis, fold=fold, **self._learning(weight)
+            weight,
+            self.scale if refresh else self._training_scale,
+            self._dtype,
+            self.axis,
+            fold=fold,
+            refresh=refresh,
+            **self._learning(weight),
         )
+
+    def _refreshes(self, weight: Tensor, fold: Fold) -> bool:
+        """Whether the scale follows the weight in the kernel that quantizes it."""
+        if self.policy != "max" or not self.observing or not self._fast:
+            return False
+        done = straight_through.refreshes(weight, self.axis, fold)
+        self._known = self._known or done
+        return done
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         self._require_solved()
@@ -252,7 +267,7 @@ class FakeQuantizer(Quantizer):
             return self._exact(x)
         scale, how = self._training_scale, self._learning(x)
         if self.axis is None:
-            return straight_through.fake_quantize(x, scale, self._dtype, **how)
+            return straight_through.fake_quantize(x, scale, self.zero_point, self._dtype, **how)
         return straight_through.fake_quantize_weight(x, scale, self._dtype, self.axis, **how)
 
     def _exact(self, x: Tensor) -> Tensor:
@@ -332,6 +347,11 @@ class FakeQuantizer(Quantizer):
         assert observer is not None
         if observer.amin.shape != low.shape:
             observer.amin, observer.amax = torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf)
+        average = straight_through.averages(x)
+        if average is not None and self._fast and self.axis is None and len(self._members) == 1:
+            average(low, high, observer.amin, observer.amax, self.scale, self.momentum, self._dtype.qmax)
+            self._known = True
+            return
         for held, new in ((observer.amin, low), (observer.amax, high)):
             held.copy_(torch.where(held.isfinite(), torch.lerp(held, new, self.momentum), new))
         ranges = [

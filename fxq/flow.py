@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,14 +12,17 @@ import torch
 from torch import fx, nn
 
 from . import calibration
-from .batches import model_inputs, moved
+from .batches import Inputs, model_inputs, moved
 from .bias_correction import CORRECTIONS, Sampler, correct_biases
+from .calibration_report import CalibrationReport
 from .errors import CalibrationError, ConvertError, ExportError, RecipeError
 from .fake_quantizers import POLICIES, ScalePolicy
 from .graph import state, update_state
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
-from .recipe import Recipe
+from .quantizer import quantizers, submodule_name
+from .ranks import TIMEOUT, joined, on_first
+from .recipe import Method, Recipe
 from .reports import Report, build_report
 from .target import Target
 from .tracer import example_arguments, trace_model
@@ -37,6 +41,7 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "report",
+    "solve",
     "trace",
 ]
 
@@ -193,10 +198,17 @@ def calibrate(
     *,
     max_batches: int | None = None,
     progress: bool = True,
+    forward: calibration.Forward | None = None,
+    reset: bool = True,
     bias_correction: bool = True,
     performance_only: bool = False,
-) -> calibration.CalibrationReport:
+    across_ranks: bool = True,
+    rank_timeout: float = TIMEOUT,
+) -> CalibrationReport:
     """Feed data to the observers of `prepared` and solve their scales.
+
+    Ctrl-C keeps what was collected: go on with ``reset=False``, or :func:`solve`. Where torch.distributed has
+    several processes, each feeds batches of its own and all get the scales of one that saw everything.
 
     Args:
         prepared: What :func:`prepare` returned; its observers are changed.
@@ -204,18 +216,24 @@ def calibrate(
             as labels, are dropped), or a dict by input name. About 500 images in all are usual (R34).
         max_batches: Stop after so many.
         progress: Show a progress bar if stderr is a terminal.
+        forward: ``forward(model, batch)`` runs one batch in your own way; the batch is handed over as it
+            came.
+        reset: Forget earlier statistics first (default); False adds to them.
         bias_correction: Also take out the mean error that quantization leaves in each channel
             (:mod:`fxq.bias_correction`); costs two more forwards over a part of the data. A graph that is to
             be trained is left alone: training moves its biases itself.
         performance_only: With ``batches=None``: calibrate on random data, good for measuring speed and
             nothing else. The report and the exported file say so.
+        across_ranks: Merge the statistics of all processes of torch.distributed's default group, where there is
+            one; every rank has to call.
+        rank_timeout: Seconds that ranks wait for each other.
 
     Returns:
         Ranges and scales per tensor.
 
     Raises:
         CalibrationError: No data, NaN or Inf, or a quantizer that no data reached; the message names the
-            place.
+            place. If one rank has such a problem or dies, all ranks raise.
     """
     if (batches is None) != performance_only:
         raise CalibrationError(
@@ -227,22 +245,85 @@ def calibrate(
         raise CalibrationError("this graph is converted already", hint="calibrate what fxq.prepare returned")
     if batches is None:
         batches = calibration.random_batches(held.example_args, held.example_kwargs)
-    sampler = Sampler(prepared, [batches] if isinstance(batches, torch.Tensor | Mapping) else batches)
-    found = calibration.calibrate(prepared, sampler, max_batches=max_batches, progress=progress)
+    sampler = Sampler(prepared, [])
     wanted = bias_correction and not performance_only and not held.provenance.get("trains")
-    _correct_biases(prepared, sampler.kept if wanted else [])
+    keep = sampler.keep if wanted else None
+    with _kept(prepared, keep):
+        found = calibration.calibrate(
+            prepared,
+            batches,
+            max_batches=max_batches,
+            progress=progress,
+            forward=forward,
+            reset=reset,
+            across_ranks=across_ranks,
+            rank_timeout=rank_timeout,
+        )
+    with joined(rank_timeout) if across_ranks and keep is not None else nullcontext() as ranks:
+        corrections = on_first(ranks, lambda: correct_biases(prepared, sampler.kept) if sampler.kept else {})
+    _store_corrections(prepared, corrections)
     _remember(prepared, calibration={"batches": found.batches, "performance_only": performance_only})
     return found
 
 
-def _correct_biases(prepared: fx.GraphModule, kept: list[Any]) -> None:
-    """Store what the biases are to gain; nothing if no batch was kept."""
+@contextmanager
+def _kept(prepared: fx.GraphModule, keep: Callable[[Inputs], None] | None) -> Iterator[None]:
+    """Hand what the graph is called with to `keep`."""
+    if keep is None:
+        yield
+        return
+    hook = prepared.register_forward_pre_hook(
+        lambda _, args, kwargs: keep(Inputs(args, kwargs)), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _store_corrections(prepared: fx.GraphModule, corrections: Mapping[str, torch.Tensor]) -> None:
+    """Keep what the biases are to gain; an empty mapping takes earlier corrections away."""
     holder = torch.nn.Module()
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    inputs = [moved(model_inputs(prepared, batch), device) for batch in kept]
-    for name, correction in (correct_biases(prepared, inputs) if inputs else {}).items():
-        holder.register_buffer(name, correction.clone())
+    for name, correction in corrections.items():
+        holder.register_buffer(submodule_name(name), correction.to(device, copy=True))
     prepared.add_module(CORRECTIONS, holder)
+
+
+def solve(
+    prepared: fx.GraphModule, method: Method | str | None = None, *, batches: Iterable[Any] | None = None
+) -> CalibrationReport:
+    """Solve every scale again from what :func:`calibrate` collected; no data is needed.
+
+    Args:
+        prepared: A calibrated graph; its scales are changed.
+        method: ``max``, ``moving-average``, ``percentile``, ``entropy``, ``mse`` or a Method, for all
+            activations; ``auto`` takes for each tensor the one of these with the least squared quantization
+            error over what was collected. None (default) is what each tensor's recipe rule says. ``max`` can
+            always be solved, ``moving-average`` where it was prepared for, the others where any of them was.
+            Weights keep to their recipe rule.
+        batches: A few hundred samples to measure the bias correction with. Corrections that were measured under
+            other scales do not fit any more: without this they are dropped.
+
+    Returns:
+        Ranges and scales per tensor.
+
+    Raises:
+        CalibrationError: A quantizer saw no data, or its statistics cannot answer the method; all are named, and
+            no scale is changed.
+    """
+    before = {name: q.scale.clone() for name, q in quantizers(prepared).items()}
+    found = calibration.solve(prepared, method)
+    same = all(torch.equal(before[name], q.scale) for name, q in quantizers(prepared).items())
+    if batches is not None:
+        device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+        inputs = [moved(model_inputs(prepared, batch), device) for batch in batches]
+        _store_corrections(prepared, correct_biases(prepared, inputs))
+    elif not same:
+        _store_corrections(prepared, {})
+    earlier = state(prepared).provenance.get("calibration", {})
+    _remember(prepared, calibration={"performance_only": False, **earlier, "batches": found.batches})
+    return found
 
 
 def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.GraphModule:

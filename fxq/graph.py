@@ -166,6 +166,9 @@ class State:
     notes: tuple[Note, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return self
+
 
 def state(gm: fx.GraphModule) -> State:
     """The graph's :class:`State`.

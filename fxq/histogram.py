@@ -35,7 +35,7 @@ __all__ = [
 BINS: Final = 2048
 """Bins of a histogram from 0 to the end of its range; a two-sided one has as many again below 0."""
 
-SAMPLE: Final = 1 << 15
+SAMPLE: Final = 1 << 14
 """About how many elements of each sample (index of the first axis) :func:`sample` takes."""
 
 _MANTISSA: Final = 23
@@ -49,7 +49,7 @@ LARGEST_POWER: Final = 254
 """The power of the widest grid: it has room for all of float32."""
 
 _PERIOD: Final = 257  # a prime: runs drift over the rows and columns of any image size
-_SHORTEST_RUN: Final = 16  # the float32 elements of a cache line: shorter runs read as much memory
+_SHORTEST_RUN: Final = 8  # the float32 elements of a memory sector of a GPU: shorter runs read as much
 _EXACT: Final = 1 << 24  # float32 counts are exact up to here
 
 

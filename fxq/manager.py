@@ -2,21 +2,24 @@
 
 A :class:`Pipeline` is data: a name and a tuple of passes. It can be edited by pass name and printed. The
 :class:`PassManager` runs it: checks the order of requirements before anything runs, verifies after every
-pass that changed something, and keeps what each pass did and how long it took.
+pass that changed something, and keeps what each pass did and how long it took. Instruments
+(:mod:`fxq.instruments`) watch it.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from .errors import PassError, VerifyError
+from .errors import FxqError, PassError, VerifyError
 from .graph import state
-from .passbase import Pass, providers
+from .instruments import Instrument
+from .pass_text import parse_passes
+from .passbase import Pass, PassResult, providers
 from .verify import unknown, verify
 
 __all__ = ["PassManager", "PassRun", "Pipeline"]
@@ -44,6 +47,19 @@ class Pipeline:
             if not isinstance(p, Pass):
                 hint = f"write {p.__name__}()" if isinstance(p, type) else "derive it from fxq.Pass"
                 raise PassError(f"pipeline {self.name}: {p!r} is no pass", hint=hint)
+
+    @classmethod
+    def parse(cls, text: str, passes: Iterable[type[Pass]] = ()) -> Pipeline:
+        """The pipeline that ``str(pipeline)`` wrote: ``prepare(functionalize, cap{limit=6.0})``.
+
+        Args:
+            text: The text; it is never executed.
+            passes: Classes to take before those that are loaded, for names that several have.
+
+        Raises:
+            PassError: The text has another form, or names a pass or an option that does not exist.
+        """
+        return cls(*parse_passes(text, passes))
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
@@ -111,13 +127,17 @@ class PassRun:
         name: The pass.
         modified: Whether it changed anything.
         counts: How often, by kind of change.
-        seconds: How long it took, verification left out.
+        seconds: How long it took, verification and instruments left out.
+        verify_seconds: How long verification took; 0 if there was none.
+        nodes: How many nodes the graph has after it.
     """
 
     name: str
     modified: bool
     counts: Mapping[str, int]
     seconds: float
+    verify_seconds: float = 0.0
+    nodes: int = 0
 
 
 class PassManager:
@@ -126,13 +146,15 @@ class PassManager:
     Args:
         verify_each: Verify the graph after every pass that changed it (default). Turn it off to save time
             on very large graphs.
+        instruments: What watches the passes; see :mod:`fxq.instruments`.
 
     Attributes:
         log: What each pass of the latest run did.
     """
 
-    def __init__(self, *, verify_each: bool = True) -> None:
+    def __init__(self, *, verify_each: bool = True, instruments: Sequence[Instrument] = ()) -> None:
         self.verify_each = verify_each
+        self.instruments = tuple(instruments)
         self.log: list[PassRun] = []
 
     def run(self, pipeline: Pipeline, gm: fx.GraphModule, *, inplace: bool = False) -> fx.GraphModule:
@@ -145,19 +167,61 @@ class PassManager:
         pipeline.check_order(state(gm).properties)
         work = gm if inplace else copy.deepcopy(gm)
         self.log = []
+        for instrument in self.instruments:
+            instrument.start(work)
         for p in pipeline:
-            start = time.perf_counter()
             try:
-                result = p(work, inplace=True)
-                seconds = time.perf_counter() - start
-                if self.verify_each and result.modified:
-                    _verify_after(p, result.graph_module)
-            except PassError as error:
-                done = ", ".join(run.name for run in self.log) or "nothing"
-                error.add_note(f"in pass {p.name} of pipeline {pipeline.name}, after {done}")
+                self._run_one(p, work)
+            except FxqError as error:
+                if isinstance(error, PassError):
+                    done = ", ".join(run.name for run in self.log) or "nothing"
+                    error.add_note(f"in pass {p.name} of pipeline {pipeline.name}, after {done}")
+                for instrument in self.instruments:
+                    instrument.failed(p, work, error)
                 raise
-            self.log.append(PassRun(p.name, result.modified, result.counts, seconds))
         return work
+
+    def _run_one(self, p: Pass, work: fx.GraphModule) -> None:
+        for instrument in self.instruments:
+            instrument.before(p, work)
+        start = time.perf_counter()
+        result = p(work, inplace=True)
+        done = time.perf_counter()
+        verified = done
+        if self.verify_each and result.modified:
+            _verify_after(p, result.graph_module)
+            verified = time.perf_counter()
+        for instrument in self.instruments:
+            instrument.after(p, result)
+        self.log.append(_run_of(p, result, done - start, verified - done))
+
+    def table(self) -> str:
+        """The latest run as a table: changes, nodes and milliseconds for each pass."""
+        rows = [("pass", "changes", "nodes", "ms", "verify ms")]
+        for run in self.log:
+            counts = ", ".join(f"{kind} {n}" for kind, n in sorted(run.counts.items())) or "-"
+            rows.append(
+                (
+                    run.name,
+                    counts,
+                    str(run.nodes),
+                    f"{run.seconds * 1e3:.1f}",
+                    f"{run.verify_seconds * 1e3:.1f}",
+                )
+            )
+        total = [sum(getattr(run, key) for run in self.log) * 1e3 for key in ("seconds", "verify_seconds")]
+        rows.append(("total", "", "", *(f"{t:.1f}" for t in total)))  # type: ignore[arg-type]
+        left, right = (0, 1), (2, 3, 4)
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        return "\n".join(
+            "  ".join([row[i].ljust(widths[i]) for i in left] + [row[i].rjust(widths[i]) for i in right])
+            for row in rows
+        )
+
+
+def _run_of(p: Pass, result: PassResult, seconds: float, verify_seconds: float) -> PassRun:
+    nodes = len(result.graph_module.graph.nodes)
+    return PassRun(p.name, result.modified, result.counts, seconds, verify_seconds, nodes)
 
 
 def _verify_after(done: Pass, gm: fx.GraphModule) -> None:

@@ -1,12 +1,15 @@
 """Collecting on a GPU: one read for minimum and maximum, one sparse read for the histogram.
 
 Eager PyTorch needs twenty kernels for the same, most of them for single numbers, and its histogram writes its
-sample out three times. Only :mod:`fxq.observers` loads this room, and only where Triton is installed.
+sample out three times. Only :mod:`fxq.observers` loads this room, and only where Triton is installed. Triton reads a
+kernel's annotations itself and knows no types but its own, so kernels have none.
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import triton
 import triton.language as tl
@@ -19,7 +22,7 @@ __all__ = ["COPIES", "PARTS", "collect_histogram", "collect_range"]
 PARTS: Final = 1024
 """Into how many minima and maxima :func:`collect_range` divides a tensor: enough to fill a GPU."""
 
-COPIES: Final = 8
+COPIES: Final = 32
 """Among how many histograms :func:`collect_histogram` divides its counts, so that few wait for one counter."""
 
 _RANGE_BLOCK: Final = 4096
@@ -28,31 +31,33 @@ _NARROW: Final = 1 << 30  # more elements are counted in 64 bits
 
 
 @triton.jit
-def _lesser(a: Any, b: Any) -> Any:
+def _lesser(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _greater(a: Any, b: Any) -> Any:
+def _greater(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _range(
-    x_ptr: Any,
-    low_ptr: Any,
-    high_ptr: Any,
-    n: Any,
+    x_ptr,
+    low_ptr,
+    high_ptr,
+    n,
     wide: tl.constexpr,
     parts: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     program = tl.program_id(0)
     first = program.to(tl.int64) * block if wide else program * block
     low = tl.full([block], float("inf"), tl.float32)
     high = tl.full([block], float("-inf"), tl.float32)
-    for start in range(first, n, parts * block):
-        at = start + tl.arange(0, block)
+    # From the end: that is what the tensor's maker left in the cache, and its beginning is what a reader wants next.
+    steps = tl.cdiv(n, parts * block)
+    for step in range(steps):
+        at = first + (steps - 1 - step) * (parts * block) + tl.arange(0, block)
         valid = at < n
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
         low = _lesser(low, tl.where(valid, x, float("inf")))
@@ -63,17 +68,17 @@ def _range(
 
 @triton.jit
 def _histogram(
-    x_ptr: Any,
-    low_ptr: Any,
-    high_ptr: Any,
-    counts_ptr: Any,
-    power_ptr: Any,
-    counted_ptr: Any,
-    n: Any,
-    per_sample: Any,
-    run: Any,
-    sample_stride: Any,
-    run_stride: Any,
+    x_ptr,
+    low_ptr,
+    high_ptr,
+    counts_ptr,
+    power_ptr,
+    counted_ptr,
+    n,
+    per_sample,
+    run,
+    sample_stride,
+    run_stride,
     wide: tl.constexpr,
     least: tl.constexpr,
     largest: tl.constexpr,
@@ -83,7 +88,7 @@ def _histogram(
     copies: tl.constexpr,
     parts: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     program = tl.program_id(0)
     each = tl.arange(0, parts)
     reach = tl.maximum(tl.max(-tl.load(low_ptr + each)), tl.max(tl.load(high_ptr + each)))
@@ -96,7 +101,7 @@ def _histogram(
     valid = index < n
     sample = index // per_sample
     rest = index - sample * per_sample
-    at = sample.to(tl.int64) * sample_stride + rest // run * run_stride + rest % run
+    at = sample.to(tl.int64) * sample_stride + (rest // run).to(tl.int64) * run_stride + rest % run
     x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
     scaled = x * ((unit - power) << 23).to(tl.float32, bitcast=True)
     if zero == 0:
@@ -141,5 +146,5 @@ def collect_histogram(
     _histogram[(triton.cdiv(n, _COUNT_BLOCK),)](
         x, low, high, counts, power, counted, n, n // len(x), run, x.stride(0), run_stride,
         wide=n > _NARROW, least=LEAST_POWER, largest=LARGEST_POWER, unit=UNIT_POWER, bins=counts.shape[1],
-        zero=zero, copies=COPIES, parts=PARTS, block=_COUNT_BLOCK, num_warps=4,
+        zero=zero, copies=COPIES, parts=PARTS, block=_COUNT_BLOCK, num_warps=8,
     )  # fmt: skip

@@ -71,6 +71,7 @@ class Observer(FlexibleState):
         amax: Largest value so far, likewise; -inf before any.
         batches: How many tensors were collected, int64 [].
         bad: Index of the first tensor that held NaN or Inf, int64 []; the largest int64 if none did.
+        shared: Whether every process of a group holds these same statistics, so that they count once.
     """
 
     amin: Tensor
@@ -84,6 +85,8 @@ class Observer(FlexibleState):
         self.axis = axis
         shape = () if axis is None else (channels or 0,)
         self._held = 0
+        self.shared = False
+        self._alive: Tensor | None = None
         self.register_buffer("amin", torch.full(shape, torch.inf))
         self.register_buffer("amax", torch.full(shape, -torch.inf))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -130,6 +133,8 @@ class Observer(FlexibleState):
         x = x.detach()
         self._fit(x)
         self._collect(x, self._held)
+        if self._held == 0 and self.axis is None and x.ndim in (2, 4, 5):
+            self._look_at_channels(x)
         self._held += 1
         if self._held == _RING:
             self.flush()
@@ -168,6 +173,18 @@ class Observer(FlexibleState):
                 f"a tensor has {count} channels on axis {self.axis}, earlier ones had {self.amin.shape[0]}",
                 hint="quantize this tensor per-tensor, or choose an axis whose length does not change",
             )
+
+    def _look_at_channels(self, x: Tensor) -> None:
+        """Note which channels (axis 1) are not zero throughout: a hint for people, so of few batches only."""
+        alive = x.abs().amax([d for d in range(x.ndim) if d != 1]) > 0
+        seen = self._alive
+        same = seen is not None and (seen.shape, seen.device) == (alive.shape, alive.device)
+        self._alive = alive | seen if same and seen is not None else alive
+
+    @property
+    def dead_channels(self) -> int:
+        """How many channels (axis 1) were zero throughout every batch looked at: one in eight."""
+        return 0 if self._alive is None else int((~self._alive).sum())
 
     def _make_ring(self) -> None:
         """Fit the ring, which is empty, to the statistics' shape and device; on a GPU with an axis of parts."""
@@ -233,6 +250,8 @@ class Observer(FlexibleState):
     def reset(self) -> None:
         """Forget everything."""
         self._held = 0
+        self.shared = False
+        self._alive = None
         self.amin.fill_(torch.inf)
         self.amax.fill_(-torch.inf)
         self.batches.zero_()
@@ -389,9 +408,9 @@ class Histogram(Observer):
     def _make_ring(self) -> None:
         super()._make_ring()
         device, bins, kernels = self.counts.device, self.counts.shape[-1], self._kernels
-        shape, dtype = ((_RING, bins), torch.int64)
+        shape, dtype = [_RING, bins], torch.int64
         if kernels is not None:
-            shape, dtype = ((_RING, kernels.COPIES, bins), torch.int32)
+            shape, dtype = [_RING, kernels.COPIES, bins], torch.int32
         self._recent_counts = torch.zeros(shape, dtype=dtype, device=device)
         self._recent_counted = torch.zeros(_RING, dtype=torch.int64, device=device)
         self._recent_power = torch.zeros(_RING, dtype=torch.int32, device=device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -53,6 +54,11 @@ class OpKind:
     tensors: int = 1
     spatial: tuple[frozenset[str], int] = (frozenset(), 0)
     optional: frozenset[str] = frozenset()
+
+    @cached_property
+    def keywords(self) -> frozenset[str]:
+        """The parameters that a canonical call passes by keyword."""
+        return frozenset(list(self.params)[self.tensors :])
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ _kind("channel_shuffle", F.channel_shuffle, "input groups")
 # What changes nothing at inference; the ``drop-identities`` pass removes them.
 _kind("dropout", F.dropout, "input", {"p": 0.5, "training": True})
 for _name in ("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
-    _kind(_name, getattr(F, _name), "input", {"p": 0.5, "training": _name != "alpha_dropout"})
+    _kind(_name, getattr(F, _name), "input", {"p": 0.5, "training": "alpha" not in _name})
 _kind("contiguous", torch.Tensor.contiguous, "input", {"memory_format": torch.contiguous_format},
       methods=("contiguous",))  # fmt: skip
 _kind("clone", torch.clone, "input", {"memory_format": torch.preserve_format}, methods=("clone",))
@@ -283,7 +289,7 @@ for _room in (torch, F):
     for _name in dir(_room):
         _plain = getattr(_room, _name[:-1], None)
         if _name.endswith("_") and _name[0] != "_" and callable(_plain) and _name != "as_strided_":
-            _INPLACE[getattr(_room, _name)] = _plain
+            _INPLACE.setdefault(getattr(_room, _name), _plain)
 
 
 @dataclass(frozen=True)
@@ -339,7 +345,7 @@ MODULES: Final[dict[type[nn.Module], ModuleSpelling]] = {
 """torch.nn modules, by exact type, and the calls that they are."""
 
 for _n in (1, 2, 3):
-    MODULES |= {
+    _by_rank: dict[type[nn.Module], ModuleSpelling] = {
         getattr(nn, f"Conv{_n}d"): _module(f"conv{_n}d", "stride padding dilation groups", "weight bias"),
         getattr(nn, f"ConvTranspose{_n}d"): _module(
             f"conv_transpose{_n}d", "stride padding output_padding groups dilation", "weight bias"
@@ -358,6 +364,7 @@ for _n in (1, 2, 3):
         getattr(nn, f"AdaptiveMaxPool{_n}d"): _module(f"adaptive_max_pool{_n}d", "output_size return_indices"),
         getattr(nn, f"Dropout{_n}d"): _module(f"dropout{_n}d", "p"),
     }  # fmt: skip
+    MODULES.update(_by_rank)
 MODULES[nn.Dropout] = _module("dropout", "p")
 MODULES[nn.AlphaDropout] = _module("alpha_dropout", "p")
 
@@ -365,12 +372,19 @@ IDENTITY_MODULES: Final = frozenset({nn.Identity})
 
 
 def kind(node: fx.Node) -> OpKind | None:
-    """The kind of a canonical node; None for inputs, attributes, modules and functions that fxq does not know."""
-    return _BY_TARGET.get(node.target) if node.op == "call_function" else None
+    """The kind of a canonical node; None for everything else, a call with arguments that the kind lacks included."""
+    found = _BY_TARGET.get(node.target) if node.op == "call_function" else None
+    if found is None or len(node.args) != found.tensors:
+        return None
+    return found if node.kwargs.keys() <= found.keywords else None
 
 
 def kind_name(node: fx.Node) -> str:
-    """Name of the node's kind, or of what it calls, for people."""
+    """Name of the node's kind, however it is spelled; for anything else what it calls, for people.
+
+    A call that has a kind's name and is none of that kind (``torch.add(x, y, alpha=2)``) is named with what
+    the function belongs to: ``torch.add``, ``Tensor.add``.
+    """
     found = kind(node)
     if found is not None:
         return found.name
@@ -378,7 +392,13 @@ def kind_name(node: fx.Node) -> str:
         return node.op
     if node.op == "call_module" and node.graph.owning_module is not None:
         return type(node.graph.owning_module.get_submodule(str(node.target))).__name__
-    return str(getattr(node.target, "__name__", node.target))
+    spelled = spelling(node)
+    if spelled is not None and bind(spelled, node.args, node.kwargs) is not None:
+        return spelled.kind.name
+    name = str(getattr(node.target, "__name__", node.target))
+    if name not in KINDS:
+        return name
+    return f"{'Tensor' if node.op == 'call_method' else 'torch'}.{name}"
 
 
 def spelling(node: fx.Node) -> Spelling | None:
@@ -425,8 +445,7 @@ def bind(spelled: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if set(given) - set(spelled.kind.params):
         return None
     full = {**spelled.kind.params, **given}
-    required = (full[name] for name, default in spelled.kind.params.items() if default is REQUIRED)
-    if any(value is REQUIRED or value is None or isinstance(value, torch.dtype) for value in required):
+    if any(value is REQUIRED for value in full.values()) or _unusual(spelled.kind, full):
         return None
     return _spatial(spelled.kind, full)
 
@@ -435,6 +454,7 @@ _IGNORED: Final[Mapping[str, tuple[Any, ...] | None]] = {
     "inplace": (True, False),
     "alpha": (1,),
     "rounding_mode": (None,),
+    "out": (None,),
     "_stacklevel": None,
 }
 """Arguments without effect, by the values at which they have none; None for any value."""
@@ -455,6 +475,13 @@ def _named(kind_: OpKind, word: str) -> str:
         return word
     name = next(iter(kind_.params)) if word == "self" else _SYNONYMS.get(word, word)
     return name if name in kind_.params else word
+
+
+def _unusual(kind_: OpKind, full: Mapping[str, Any]) -> bool:
+    """Whether a required number or shape is none: softmax over an implicit dimension, a view of another dtype."""
+    names = list(kind_.params)[kind_.tensors :]
+    required = (full[name] for name in names if kind_.params[name] is REQUIRED)
+    return any(value is None or isinstance(value, torch.dtype) for value in required)
 
 
 def _sequence(values: tuple[Any, ...]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ class Pass(ABC):
         work.recompile()
 
     def __str__(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        options = ", ".join(f"{k}={_text(v)}" for k, v in self.options.items())
         return f"{self.name}{{{options}}}" if options else self.name
 
     @property
@@ -140,6 +141,13 @@ class Pass(ABC):
             for f in dataclasses.fields(self)
             if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
         }
+
+
+def _text(value: Any) -> str:
+    """An option as :mod:`fxq.pass_text` reads it."""
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    return repr(value)
 
 
 def providers(need: str) -> str:

@@ -1,8 +1,10 @@
 """A graph as stable text, for goldens, diffs and people.
 
-One node a line: name, op kind, inputs, other arguments, dtype and shape, quantizer or annotation. Nothing
-in it depends on memory addresses, hashes or versions of torch. Scales and zero points of a converted graph
-are printed where they are used, and their buffers have no lines of their own.
+One node a line: name, op kind, inputs, other arguments, dtype and shape, quantizer or annotation. A call
+that is not in its kind's canonical form looks like what it is: a method (``%x.relu()``) or another function
+(``functional.relu(%x)``). Nothing in it depends on memory addresses, hashes or versions of torch. Scales
+and zero points of a converted graph are printed where they are used, and their buffers have no lines of
+their own.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .graph import TENSOR, TensorInfo, attribute, constant, edge_annotations
-from .ops import kind_name
+from .ops import kind, kind_name
 from .qdq import DEQUANTIZE, QUANTIZE
 from .quantizer import Quantizer
 
@@ -78,7 +80,18 @@ def _call(node: fx.Node) -> str:
         arguments = [str(node.target)]
     elif node.op == "placeholder":
         arguments = []
-    return f"{kind_name(node)}({', '.join(arguments)})"
+    if node.op == "call_method":
+        return f"{arguments[0]}.{node.target}({', '.join(arguments[1:])})"
+    return f"{_name(node)}({', '.join(arguments)})"
+
+
+def _name(node: fx.Node) -> str:
+    """The op kind's name; a function that is not the kind's own says where it is from."""
+    if node.op != "call_function" or kind(node) is not None:
+        return kind_name(node)
+    target: Any = node.target
+    home = "Tensor" if hasattr(target, "__objclass__") else getattr(target, "__module__", None) or "torch"
+    return f"{home.rpartition('.')[2].strip('_')}.{getattr(target, '__name__', target)}"
 
 
 def _qdq_arguments(node: fx.Node) -> Iterable[str]:
@@ -126,6 +139,4 @@ def _value(value: Any) -> str:
         return ":".join("" if p is None else _value(p) for p in parts)
     if isinstance(value, torch.dtype | torch.memory_format | torch.device | torch.layout):
         return str(value).removeprefix("torch.")
-    if callable(value):
-        return str(getattr(value, "__name__", type(value).__name__))
     return repr(value)

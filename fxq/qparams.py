@@ -15,7 +15,13 @@ from torch import Tensor
 from .errors import CalibrationError, RecipeError
 from .recipe import QDType, QSpec
 
-__all__ = ["DEAD_SCALE", "scale_and_zero_point", "unchecked_scale_and_zero_point", "weight_range"]
+__all__ = [
+    "DEAD_SCALE",
+    "SMALLEST_NORMAL",
+    "scale_and_zero_point",
+    "unchecked_scale_and_zero_point",
+    "weight_range",
+]
 
 DEAD_SCALE: Final = 2.0**-14
 """The scale of a dead range: the smallest normal float16, so it stays positive whatever float type holds it.
@@ -24,7 +30,7 @@ A range is dead when it is zero, or so small (amax about 1e-36) that its scale w
 which GPUs may flush to zero. All of its values quantize to the zero point under this scale.
 """
 
-_SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny
+SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny
 _RATIOS: Final = 65
 _SMALLEST_RATIO: Final = 0.2
 _CHUNK: Final = 1 << 18
@@ -70,7 +76,7 @@ def unchecked_scale_and_zero_point(amin: Tensor, amax: Tensor, spec: QSpec) -> t
     symmetric = spec.symmetric is not False
     width = torch.maximum(-low, high) / dtype.qmax if symmetric else (high - low) / (dtype.qmax - dtype.qmin)
     scale = width.float()
-    scale = torch.where(scale < _SMALLEST_NORMAL, DEAD_SCALE, scale)
+    scale = torch.where(scale < SMALLEST_NORMAL, DEAD_SCALE, scale)
     if symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     zero_point = (dtype.qmin - low / scale).round_().clamp_(dtype.qmin, dtype.qmax)

@@ -20,10 +20,30 @@ from .qdq import fake_quantize
 from .qparams import scale_and_zero_point, weight_range
 from .recipe import Method, QSpec
 
-__all__ = ["QUANTIZERS", "Mode", "Quantizer", "quantized_nodes", "quantizers", "solve_all", "tie_groups"]
+__all__ = [
+    "QUANTIZERS",
+    "Mode",
+    "Quantizer",
+    "quantized_nodes",
+    "quantizers",
+    "solve_all",
+    "submodule_name",
+    "tie_groups",
+]
 
 QUANTIZERS: Final = "quantizers"
 """Attribute of a prepared GraphModule under which its quantizers are."""
+
+_TAKEN: Final = frozenset(dir(nn.Module()))
+
+
+def submodule_name(tensor: str) -> str:
+    """A tensor's name as a submodule's or buffer's: torch refuses those of Module's attributes, such as ``half``.
+
+    Such a name gets an underscore more, and so does one that is such a name with underscores, so that no two
+    tensors share one.
+    """
+    return f"{tensor}_" if tensor.rstrip("_") in _TAKEN or tensor in _TAKEN else tensor
 
 
 class Mode(enum.Enum):
@@ -221,7 +241,7 @@ class Quantizer(FlexibleState):
 
 
 def quantizers(gm: nn.Module) -> dict[str, Quantizer]:
-    """The quantizers of a prepared graph by tensor name, in the order they were inserted.
+    """The quantizers of a prepared graph by tensor name (see :func:`submodule_name`), in the order they were inserted.
 
     Args:
         gm: A prepared GraphModule; any other module has none.

@@ -82,7 +82,7 @@ def _storage(tensor: torch.Tensor) -> Storage:
         tensor.untyped_storage()._cdata if strided else id(tensor),
         tuple(tensor.shape),
         tuple(tensor.stride()) if strided else (),
-        tensor.storage_offset() if strided else 0,
+        int(tensor.storage_offset()) if strided else 0,
     )
 
 

@@ -1,6 +1,7 @@
 """Fake quantization that trains: symmetric quantize and dequantize with straight-through gradients.
 
-Forward is what :func:`fxq.qdq.fake_quantize` computes, bit for bit. Backward regards rounding as the identity
+Forward is what :func:`fxq.qdq.fake_quantize` computes; on a GPU and under torch.compile, an activation that lies within
+a rounding error of the middle between two integers may go to the other one. Backward regards rounding as the identity
 (Bengio et al., 2013) and is 0 for what was clipped (Jacob et al., 2018). The scale's gradient is one of
 :class:`ScaleGradient`.
 
@@ -23,7 +24,15 @@ from torch import Tensor
 from .folding import Fold
 from .recipe import QDType
 
-__all__ = ["SMALLEST_SCALE", "ScaleGradient", "fake_quantize", "fake_quantize_weight", "keep"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "ScaleGradient",
+    "averages",
+    "fake_quantize",
+    "fake_quantize_weight",
+    "keep",
+    "refreshes",
+]
 
 SMALLEST_SCALE: Final = 2.0**-100
 """What a learned scale counts as where an optimizer drove it below; its gradient is as if it were not."""
@@ -31,8 +40,9 @@ _PIECE: Final = 1 << 17
 """Elements of a piece: 512 KiB of float32, so that input and output fit a core's second-level cache."""
 
 
-_HALF: Final = 0.5000001
-"""Half to even rounds qmin - 0.5 (qmin is even or 0) into the range, and qmax + 0.5 (qmax is odd) out of it."""
+_BELOW: Final = 1 + 2.0**-23
+"""Half to even rounds qmin - 0.5 (qmin is even or 0) into the range, and qmax + 0.5 (qmax is odd) out of it: the lower
+bound lies one float32 lower."""
 
 
 torch.library.define("fxq::keep", "(Tensor x) -> Tensor")
@@ -68,6 +78,7 @@ class ScaleGradient(enum.Enum):
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
+    zero_point: Tensor,
     dtype: QDType,
     *,
     gradient: ScaleGradient = ScaleGradient.NONE,
@@ -78,6 +89,7 @@ def fake_quantize(
     Args:
         x: Float, any shape.
         scale: Positive float32, [], on x's device.
+        zero_point: int32, [], 0.
         dtype: An integer type; the zero point is 0.
         gradient: What the scale's gradient is.
         gradient_scale: What the scale's gradient is multiplied by.
@@ -87,8 +99,12 @@ def fake_quantize(
     """
     if torch.compiler.is_compiling():
         return _traced(x, scale, dtype, gradient, gradient_scale)
-    if gradient is ScaleGradient.NONE and scale.requires_grad:
+    if gradient is ScaleGradient.NONE:
         scale = scale.detach()
+        if x.is_cuda:  # PyTorch's own kernel and gradient; it multiplies by the reciprocal of the scale
+            return torch.fake_quantize_per_tensor_affine(
+                x, scale, zero_point, int(dtype.qmin), int(dtype.qmax)
+            )
     result: Tensor = _PerTensor.apply(  # type: ignore[no-untyped-call]
         x, scale, dtype, gradient, gradient_scale
     )
@@ -102,6 +118,7 @@ def fake_quantize_weight(
     axis: int | None,
     *,
     fold: Fold | None = None,
+    refresh: bool = False,
     gradient: ScaleGradient = ScaleGradient.NONE,
     gradient_scale: float = 1.0,
 ) -> Tensor:
@@ -118,6 +135,7 @@ def fake_quantize_weight(
         dtype: An integer type; the zero point is 0.
         axis: The per-channel axis, or None.
         fold: The BatchNorm, or None for none.
+        refresh: Whether the scale is set to the range of the weight first; only where :func:`refreshes` says so.
         gradient: What the scale's gradient is.
         gradient_scale: What the scale's gradient is multiplied by.
     """
@@ -130,10 +148,30 @@ def fake_quantize_weight(
         factor = keep(fold.factor(weight))
         held = _traced(weight * factor, spread, dtype, gradient, gradient_scale)
         return torch.where(factor == 0, weight, held / torch.where(factor == 0, 1.0, factor))
+    if gradient is ScaleGradient.NONE and weight.is_cuda and _by_rows(weight, axis, fold):
+        kernels = _kernels()
+        if kernels is not None:
+            made: Tensor = kernels.masked_weight(weight, scale, fold, dtype, refresh=refresh)
+            return made
     result: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
         weight, scale, axis, fold, dtype, gradient, gradient_scale
     )
     return result
+
+
+def refreshes(weight: Tensor, axis: int | None, fold: Fold | None) -> bool:
+    """Whether :func:`fake_quantize_weight` can let a symmetric scale follow the weight in the same kernel."""
+    if not weight.is_cuda or torch.compiler.is_compiling() or axis != 0 or not _by_rows(weight, axis, fold):
+        return False
+    kernels = _kernels()
+    return kernels is not None and weight.numel() <= weight.shape[0] * kernels.WIDEST
+
+
+def averages(x: Tensor) -> Any:
+    """The kernel that pulls running ranges on x's device; None where there is none."""
+    if not x.is_cuda or torch.compiler.is_compiling() or (kernels := _kernels()) is None:
+        return None
+    return kernels.average
 
 
 def _spread(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -236,7 +274,7 @@ def _pieces_forward(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
 def _bounds(scale: Tensor, dtype: QDType) -> tuple[float, float]:
     """The values strictly between which nothing is clipped: half a step beyond the range's ends."""
     step = float(scale)
-    return (dtype.qmin - _HALF) * step, (dtype.qmax + 0.5) * step
+    return (dtype.qmin - 0.5) * _BELOW * step, (dtype.qmax + 0.5) * step
 
 
 def _pieces_backward(
@@ -301,7 +339,7 @@ class _Weight(torch.autograd.Function):
         ctx.how = dtype, gradient, gradient_scale, scale.shape, axis
         factor = None
         if weight.is_cuda and _by_rows(weight, axis, fold) and (kernels := _kernels()) is not None:
-            y, steps = kernels.weight_forward(weight, scale, fold, dtype.qmin, dtype.qmax)
+            y, steps = kernels.weight_forward(weight, scale, fold, dtype)
             if learns and fold is not None:
                 factor = fold.factor(weight)
         else:
@@ -315,7 +353,7 @@ class _Weight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         steps, undone = ctx.saved_tensors
         dtype, gradient, gradient_scale, shape, axis = ctx.how
-        low, high = dtype.qmin - _HALF, dtype.qmax + 0.5
+        low, high = (dtype.qmin - 0.5) * _BELOW, dtype.qmax + 0.5
         to_weight = torch.ops.aten.hardtanh_backward(grad, steps, low, high)
         if gradient is ScaleGradient.NONE or not ctx.needs_input_grad[1]:
             return to_weight, None, None, None, None, None, None

@@ -216,11 +216,11 @@ def mse(bins: Bins, method: Method, spec: QSpec) -> tuple[Tensor, Tensor]:  # no
     """
     shares = torch.exp2(-torch.arange(_OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64) / _PER_OCTAVE)
     step = max(1, _CHUNK // (len(shares) * bins.counts.shape[1]))
-    error = torch.cat([_cut_error(part, shares, spec) for part in bins.without_zeros().channels(step)])
+    error = torch.cat([_expected_error(part, shares, spec) for part in bins.without_zeros().channels(step)])
     return bins.within(shares[error.argmin(dim=1)] * bins.reach)  # the first of equals: the widest
 
 
-def _cut_error(bins: Bins, shares: Tensor, spec: QSpec) -> Tensor:
+def _expected_error(bins: Bins, shares: Tensor, spec: QSpec) -> Tensor:
     """The summed squared error over each histogram if its range is cut to each share of its reach, [C, K]."""
     threshold = (bins.reach[:, None] * shares).float()
     low = torch.maximum(bins.amin[:, None], -threshold)

@@ -59,6 +59,7 @@ class _Tracer(fx.Tracer):
         self.leaf_types = tuple(m for m in leaf_modules if isinstance(m, type))
         self.leaf_paths = {m for m in leaf_modules if isinstance(m, str)}
         self.stack: list[tuple[str, type[nn.Module]]] = []
+        self.stopped: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, self.leaf_types) or module_qualified_name in self.leaf_paths:
@@ -71,6 +72,9 @@ class _Tracer(fx.Tracer):
         self.stack.append((self.path_of_module(m), type(m)))
         try:
             return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.stopped = self.stopped or self.stack[-1][0]
+            raise
         finally:
             self.stack.pop()
 
@@ -359,9 +363,8 @@ def _frames_of(tb: TracebackType | None) -> list[tuple[str, int]]:
 
 
 def _located(message: str, frame: tuple[str, int] | None, hint: str | None, tracer: _Tracer) -> TraceError:
-    path = tracer.stack[-1][0] if tracer.stack else None
     source = f"{frame[0]}:{frame[1]}: {linecache.getline(*frame).strip()}" if frame else None
-    return TraceError(message, module_path=path, source=source, hint=hint)
+    return TraceError(message, module_path=tracer.stopped, source=source, hint=hint)
 
 
 def weighted_leaves(gm: fx.GraphModule) -> Iterator[Note]:

@@ -18,9 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .folding import Fold
+from .qparams import DEAD_SCALE, SMALLEST_NORMAL
+from .recipe import QDType
 
-__all__ = ["backward", "forward", "weight_forward"]
+__all__ = ["WIDEST", "average", "backward", "forward", "masked_weight", "weight_forward"]
 
+WIDEST: Final = 1 << 14
+"""Elements of the longest row that one program holds."""
 _BLOCK: Final = 1024
 _PARTIAL_BLOCK: Final = 4096
 _GRADIENTS: Final = {"none": 0, "lsq": 1, "pact": 2}
@@ -82,13 +86,44 @@ def _backward(
 
 
 @triton.jit
+def _scale_of(low, high, qmax: tl.constexpr, tiny: tl.constexpr, dead: tl.constexpr):
+    """The symmetric scale of a range, as fxq.qparams takes it."""
+    reach = tl.maximum(-low, high, propagate_nan=tl.PropagateNan.ALL)
+    reach = tl.maximum(reach, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    scale = (reach.to(tl.float64) / qmax).to(tl.float32)
+    return tl.where(scale < tiny, dead, scale)
+
+
+@triton.jit
+def _average(
+    low_ptr,
+    high_ptr,
+    amin_ptr,
+    amax_ptr,
+    scale_ptr,
+    momentum,
+    qmax: tl.constexpr,
+    tiny: tl.constexpr,
+    dead: tl.constexpr,
+):
+    low, high = tl.load(low_ptr).to(tl.float32), tl.load(high_ptr).to(tl.float32)
+    held_low, held_high = tl.load(amin_ptr), tl.load(amax_ptr)
+    known = (tl.abs(held_low) < float("inf")) & (tl.abs(held_high) < float("inf"))
+    low = tl.where(known, held_low + momentum * (low - held_low), low)
+    high = tl.where(known, held_high + momentum * (high - held_high), high)
+    tl.store(amin_ptr, low)
+    tl.store(amax_ptr, high)
+    tl.store(scale_ptr, _scale_of(low, high, qmax, tiny, dead))
+
+
+@triton.jit
 def _weight_forward(
     weight_ptr,
     scale_ptr,
     var_ptr,
     gamma_ptr,
-    y_ptr,
-    steps_ptr,
+    out_ptr,
+    more_ptr,
     columns,
     scale_stride,
     eps: tl.constexpr,
@@ -96,6 +131,10 @@ def _weight_forward(
     high: tl.constexpr,
     folds: tl.constexpr,
     scales: tl.constexpr,
+    refreshes: tl.constexpr,
+    masks: tl.constexpr,
+    tiny: tl.constexpr,
+    dead: tl.constexpr,
     block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -103,8 +142,6 @@ def _weight_forward(
     valid = column < columns
     at = row * columns + column
     weight = tl.load(weight_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + row * scale_stride)
-    real = scale
     folded = weight
     if folds:
         exact = tl.rsqrt(tl.load(var_ptr + row).to(tl.float64) + eps)
@@ -112,17 +149,29 @@ def _weight_forward(
             exact = exact * tl.load(gamma_ptr + row).to(tl.float64)
         factor = exact.to(tl.float32)
         folded = weight * factor
+    if refreshes:  # one program sees the whole row
+        scale = _scale_of(tl.min(folded, axis=0), tl.max(folded, axis=0), high, tiny, dead)
+        tl.store(scale_ptr + row, scale)
+    else:
+        scale = tl.load(scale_ptr + row * scale_stride)
+    real = scale
+    if folds:
         real = scale / tl.where(factor == 0.0, 1.0, factor)
     steps = tl.div_rn(folded, scale)
     near = tl.maximum(steps, low - 1.0, propagate_nan=tl.PropagateNan.ALL)
-    near = tl.minimum(near, high + 1.0, propagate_nan=tl.PropagateNan.ALL)
-    rounded = tl.maximum(_round(near), low, propagate_nan=tl.PropagateNan.ALL)
+    near = _round(tl.minimum(near, high + 1.0, propagate_nan=tl.PropagateNan.ALL))
+    rounded = tl.maximum(near, low, propagate_nan=tl.PropagateNan.ALL)
     rounded = tl.minimum(rounded, high, propagate_nan=tl.PropagateNan.ALL)
     y = rounded * real
     if folds:
         y = tl.where(factor == 0.0, weight, y)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=valid)
-    tl.store(steps_ptr + at, steps, mask=valid)
+    if masks:  # what is not clipped, as 1, and what is to be added to weight times that
+        inside = (near >= low) & (near <= high)
+        tl.store(out_ptr + at, (y - tl.where(inside, weight, 0.0)).to(out_ptr.dtype.element_ty), mask=valid)
+        tl.store(more_ptr + at, tl.where(inside, 1.0, 0.0).to(more_ptr.dtype.element_ty), mask=valid)
+    else:
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=valid)
+        tl.store(more_ptr + at, steps, mask=valid)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -174,29 +223,74 @@ def backward(
     return to_x, partial.sum() if kind else None
 
 
-def weight_forward(
-    weight: Tensor, scale: Tensor, fold: Fold | None, qmin: float, qmax: float
-) -> tuple[Tensor, Tensor]:
+def weight_forward(weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDType) -> tuple[Tensor, Tensor]:
     """The weight that training computes with, and its unrounded steps, float32; see fake_quantize_weight.
 
     Args:
         weight: Contiguous, [rows, …].
         scale: Positive float32, [] or [rows].
         fold: The BatchNorm to fold in, whose channels are the rows; None for none.
-        qmin: Smallest integer.
-        qmax: Largest integer.
+        dtype: The integer type; magnitudes are below 2**22.
     """
     y, steps = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.float32)
+    _launch(weight, scale, fold, dtype, (y, steps), refreshes=False, masks=False)
+    return y, steps
+
+
+def masked_weight(
+    weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDType, *, refresh: bool
+) -> Tensor:
+    """The weight that training computes with, differentiable by PyTorch's own multiplication and addition.
+
+    Args:
+        weight: As for :func:`weight_forward`.
+        scale: Likewise; with `refresh`, [rows], and set to the range of each row first.
+        fold: Likewise.
+        dtype: Likewise.
+        refresh: Whether the scale follows the weight; rows have at most :data:`WIDEST` elements then.
+    """
+    rest, inside = torch.empty_like(weight), torch.empty_like(weight)
+    _launch(weight, scale, fold, dtype, (rest, inside), refreshes=refresh, masks=True)
+    return torch.addcmul(rest, weight, inside)
+
+
+def _launch(
+    weight: Tensor,
+    scale: Tensor,
+    fold: Fold | None,
+    dtype: QDType,
+    into: tuple[Tensor, Tensor],
+    *,
+    refreshes: bool,
+    masks: bool,
+) -> None:
     rows = weight.shape[0]
     columns = weight.numel() // max(rows, 1)
-    if columns:
-        var, gamma = (
-            (scale, scale) if fold is None else (fold.var, scale if fold.gamma is None else fold.gamma)
-        )
-        grid = (rows, triton.cdiv(columns, _BLOCK))
-        with _on(weight):
-            _weight_forward[grid](
-                weight, scale, var, gamma, y, steps, columns, scale.dim(), 0.0 if fold is None else fold.eps,
-                float(qmin), float(qmax), fold is not None, fold is not None and fold.gamma is not None, _BLOCK,
-            )  # fmt: skip
-    return y, steps
+    if not columns:
+        return
+    gamma = None if fold is None else fold.gamma
+    block = triton.next_power_of_2(columns) if refreshes else _BLOCK
+    with _on(weight):
+        _weight_forward[(rows, triton.cdiv(columns, block))](
+            weight, scale, scale if fold is None else fold.var, scale if gamma is None else gamma, *into,
+            columns, scale.dim(), 0.0 if fold is None else fold.eps, float(dtype.qmin), float(dtype.qmax),
+            fold is not None, gamma is not None, refreshes, masks, SMALLEST_NORMAL, DEAD_SCALE, block,
+        )  # fmt: skip
+
+
+def average(
+    low: Tensor, high: Tensor, amin: Tensor, amax: Tensor, scale: Tensor, momentum: float, qmax: float
+) -> None:
+    """Pull a running range, `amin` and `amax`, towards a batch's, `low` and `high`, and set its scale.
+
+    Args:
+        low: The batch's smallest value, [].
+        high: The batch's largest value, [].
+        amin: Float32, []; changed. Not finite before the first batch, which is then taken as it is.
+        amax: Likewise.
+        scale: Float32, []; changed.
+        momentum: The batch's share.
+        qmax: Largest integer; the scale is symmetric.
+    """
+    with _on(scale):
+        _average[(1,)](low, high, amin, amax, scale, momentum, float(qmax), SMALLEST_NORMAL, DEAD_SCALE)

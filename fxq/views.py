@@ -114,8 +114,8 @@ def _attribute_swap(view: fx.Node, value: fx.Node) -> Call:
 
 def _permute(view: fx.Node, value: fx.Node) -> Call:
     dims = _argument(view, 1, "dims")
-    dims = dims if isinstance(dims, tuple | list) else view.args[1:]
-    inverse = sorted(range(len(dims)), key=lambda i: dims[i] % len(dims))
+    order: list[Any] = list(dims if isinstance(dims, tuple | list) else view.args[1:])
+    inverse = sorted(range(len(order)), key=lambda i: order[i] % len(order))
     return torch.permute, (value, tuple(inverse)), {}
 
 

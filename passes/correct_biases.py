@@ -12,6 +12,7 @@ from ..bias_correction import CORRECTIONS
 from ..editor import Editor
 from ..graph import constant
 from ..passbase import Numeric, Pass
+from ..quantizer import submodule_name
 
 __all__ = ["CorrectBiases"]
 
@@ -36,7 +37,7 @@ class CorrectBiases(Pass):
         holder = getattr(editor.gm, CORRECTIONS, None)
         if holder is None:
             return
-        by_name = {node.name: node for node in editor.graph.nodes}
+        by_name = {submodule_name(node.name): node for node in editor.graph.nodes}
         for name, correction in list(holder.named_buffers()):
             if name in by_name and bool(correction.any()):
                 self._correct(editor, by_name[name], correction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -26,10 +26,11 @@ class DropIdentities(Pass):
     """Remove nodes whose output is their input.
 
     Rewrite: dropout and stochastic depth outside training, ``contiguous``, ``clone`` and ``detach``
-    (nothing is changed in place any more), a concatenation of one tensor, a reshape, flatten, expand or
-    permute to the same shape and order; nodes left without a reader go too.
+    (nothing is changed in place any more), a concatenation of one tensor, a flatten or permute that changes
+    nothing; nodes left without a reader go too.
 
-    Declines: dropout with ``training=True``, which the user asked for.
+    Declines: dropout with ``training=True``, which the user asked for, and a reshape or expand to the shape that
+    the example has already: another batch size may differ.
     """
 
     name: ClassVar[str] = "drop-identities"
@@ -68,6 +69,6 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return first
     same = tensor_info(node) is not None and tensor_info(node) == tensor_info(first)
     if name == "permute" and same:
-        dims = node.kwargs["dims"]
+        dims: Any = node.kwargs["dims"]
         return first if list(dims) == list(range(len(dims))) else None
     return first if name == "flatten" and same else None

@@ -82,7 +82,12 @@ def _fold(editor: Editor, node: fx.Node, norm: TrainedBatchNorm) -> None:
     )
     quantizer = quantizer_of(through)
     new_weight_node, new_bias_node = store_folded(
-        editor, through, weight_node, bias_node if isinstance(bias_node, fx.Node) else None, new_weight, new_bias
+        editor,
+        through,
+        weight_node,
+        bias_node if isinstance(bias_node, fx.Node) else None,
+        new_weight,
+        new_bias,
     )
     if isinstance(quantizer, FakeQuantizer):
         quantizer.folded = None
@@ -98,6 +103,8 @@ def _evaluate(editor: Editor, node: fx.Node, norm: TrainedBatchNorm) -> None:
     path = str(node.target)
     names = ("running_mean", "running_var", "weight", "bias")
     with editor.before(node):
-        held = [None if getattr(norm, n) is None else editor.get_attr(f"{path}.{n}", like=node) for n in names]
+        held = [
+            None if getattr(norm, n) is None else editor.get_attr(f"{path}.{n}", like=node) for n in names
+        ]
     options = {"training": False, "momentum": 0.0, "eps": norm.eps}
     editor.retarget(node, KINDS["batch_norm"].target, (node.args[0], *held), options)

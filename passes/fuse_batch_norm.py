@@ -59,12 +59,15 @@ class FuseBatchNorm(Pass):
     @torch.no_grad()
     def _fuse(editor: Editor, norm: fx.Node, layer: fx.Node) -> None:
         old = norm.args[1:5]
-        statistics = [None if a is None else constant(a) for a in old]
+        mean, var, gamma, beta = (constant(a) for a in old)
         weight, bias = constant(layer.args[1]), constant(layer.args[2])
         folded = fold(
             weight,  # type: ignore[arg-type]
             bias,
-            *statistics,  # type: ignore[arg-type]
+            mean,  # type: ignore[arg-type]
+            var,  # type: ignore[arg-type]
+            gamma,
+            beta,
             norm.kwargs["eps"],  # type: ignore[arg-type]
             groups=layer.kwargs.get("groups", 1),  # type: ignore[arg-type]
             transposed=kind_name(layer).startswith("conv_transpose"),

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Final
+from typing import ClassVar
 
-import torch
 from torch import fx
 
 from ..editor import Editor
 from ..errors import TraceError
 from ..graph import Annotation, constant, edge_annotations, error_at
 from ..passbase import Pass
-from ..quantizer import QUANTIZERS, Quantizer
+from ..quantizer import QUANTIZERS, Quantizer, submodule_name
 from ..verify import is_quantizer
 from .annotate import governing, quantized_edges
 
 __all__ = ["InsertQuantizers"]
-
-_TAKEN: Final = frozenset(dir(torch.nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -78,17 +75,12 @@ def _new_quantizer(editor: Editor, tensor: fx.Node, annotation: Annotation) -> f
     spec = annotation.spec
     assert spec is not None
     weight = constant(tensor) is not None
-    path = f"{QUANTIZERS}.{_key(tensor.name)}"
+    path = f"{QUANTIZERS}.{submodule_name(tensor.name)}"
     editor.set_module(
         path, Quantizer(spec, tensor=tensor.name, axis=spec.axis, tie=annotation.tie, weight=weight)
     )
     with editor.after(tensor):
         return editor.call_module(path, (tensor,), like=tensor, name=f"{tensor.name}_quantizer")
-
-
-def _key(name: str) -> str:
-    """A tensor's name as a submodule's: torch refuses those of Module's attributes, such as ``to``."""
-    return f"{name}_" if name in _TAKEN else name
 
 
 def _check_container(editor: Editor) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from ..batch_norm import FoldedBias, FoldedWeight, TrainedBatchNorm
 from ..editor import Editor
 from ..fake_quantizers import POLICIES, FakeQuantizer, FoldedInto, ScalePolicy
-from ..graph import EDGES, attribute, constant, edge_annotations, tensor_info
+from ..graph import EDGES, attribute, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Numeric, Pass
 from ..quantizer import quantizers, tie_groups
@@ -70,7 +71,8 @@ class RestoreTraining(Pass):
 
 def _fake_quantizers(editor: Editor, policy: ScalePolicy) -> None:
     nodes = {str(n.target): n for n in editor.graph.nodes if quantizer_of(n) is not None}
-    relus = {tie for node in nodes.values() for tie in _relu_groups(node)}
+    relus = {tie for node in nodes.values() for tie in _relu_groups(editor, node)}
+    device = next((p.device for p in editor.gm.parameters()), torch.device("cpu"))
     for path, node in nodes.items():
         source = quantizer_of(node)
         info = tensor_info(node.args[0])  # type: ignore[arg-type]
@@ -79,16 +81,20 @@ def _fake_quantizers(editor: Editor, policy: ScalePolicy) -> None:
         if chosen == "pact" and (source.tie or source.tensor) not in relus:
             chosen = "moving-average"
         shape = info.shape if info is not None else ()
-        editor.set_module(path, FakeQuantizer(source, chosen, shape, momentum=policy.momentum))
+        made = FakeQuantizer(source, chosen, shape, momentum=policy.momentum)
+        editor.set_module(path, made.to(device))
     for group in tie_groups(quantizers(editor.gm).values()):
         members = [q for q in group if isinstance(q, FakeQuantizer)]
         if len(members) > 1:
             members[0].share(members)
 
 
-def _relu_groups(node: fx.Node) -> Iterator[str]:
-    """The tie, or the tensor's own name, of a quantizer behind a ReLU."""
+def _relu_groups(editor: Editor, node: fx.Node) -> Iterator[str]:
+    """The tie, or the tensor's own name, of a quantizer behind a ReLU and whatever only moves its result."""
     source, tensor = quantizer_of(node), node.args[0]
+    moving = state(editor.gm).target.ties
+    while isinstance(tensor, fx.Node) and kind_name(tensor) in moving:
+        tensor = tensor.args[0]
     if source is not None and isinstance(tensor, fx.Node) and kind_name(tensor) in _RELUS:
         yield source.tie or source.tensor
 
@@ -141,7 +147,11 @@ def _restore_norm(editor: Editor, node: fx.Node, path: str) -> None:
         bias = editor.call_module(part, (bias,), like=node, name=f"{node.name}_bias")
         bias.meta.pop("tensor", None)
         layer = editor.call(
-            node.target, (source, weight, bias), node.kwargs, like=node, name=f"{node.name}_{kind_name(node)}"  # type: ignore[arg-type]
+            node.target,
+            (source, weight, bias),
+            node.kwargs,
+            like=node,
+            name=f"{node.name}_{kind_name(node)}",  # type: ignore[arg-type]
         )
     edges = edge_annotations(node)
     layer.meta[EDGES] = {edge: a for edge, a in edges.items() if edge != "output"}
@@ -152,7 +162,9 @@ def _restore_norm(editor: Editor, node: fx.Node, path: str) -> None:
 def _train_norm(editor: Editor, node: fx.Node) -> None:
     path = norm_path(node)
     if path is None:
-        editor.note(node, RestoreTraining.name, "BatchNorm that is called as a function stays as in eval mode")
+        editor.note(
+            node, RestoreTraining.name, "BatchNorm that is called as a function stays as in eval mode"
+        )
         return
     _norm_module(editor, path, folded=False)
     statistics = [a for a in node.args[1:5] if isinstance(a, fx.Node)]

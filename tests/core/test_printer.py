@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden import check_golden
 from placing import MAX, Lambda, annotated, convert, prepared
 from torch import Tensor, fx, nn
@@ -43,17 +45,29 @@ def test_values_of_every_kind() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     y = graph.call_function(operator.getitem, (x, (slice(None), slice(1, None, 2), ..., None, 0)))
-    values = ([x, (1,)], {"a": y, "b": [2.5, float("inf")]}, "text", True, None)
-    graph.call_function(operator.add, values, {"layout": torch.strided, "f": operator.mul})
+    values = ([x, (1,)], {"b": [2.5, float("inf")]}, "text", True, None)
+    graph.call_function(print, values, {"layout": torch.strided})
     types = (torch.float16, torch.device("cpu"), torch.channels_last)
-    graph.call_function(operator.sub, types)
+    graph.call_function(print, types)
+    graph.call_method("add", (x, y), {"alpha": 2})
+    for function in (torch.relu, F.relu, torch.relu_, operator.iadd, torch.Tensor.reshape_as, math.floor):
+        graph.call_function(function, (x, y))
+    graph.call_function(operator.add, (x, y))
     graph.output((y, {"z": x}))
     text = format_graph(fx.GraphModule(nn.Module(), graph))
     assert text.splitlines() == [
         "%x = placeholder()",
         "%getitem = getitem(%x, (:, 1::2, Ellipsis, None, 0))",
-        "%add = add([%x, (1,)], {'a': %getitem, 'b': [2.5, inf]}, 'text', True, None, layout=strided, f=mul)",
-        "%sub = sub(float16, cpu, channels_last)",
+        "%print_1 = builtins.print([%x, (1,)], {'b': [2.5, inf]}, 'text', True, None, layout=strided)",
+        "%print_2 = builtins.print(float16, cpu, channels_last)",
+        "%add = %x.add(%getitem, alpha=2)",
+        "%relu = torch.relu(%x, %getitem)",
+        "%relu_1 = functional.relu(%x, %getitem)",
+        "%relu_ = torch.relu_(%x, %getitem)",
+        "%iadd = operator.iadd(%x, %getitem)",
+        "%reshape_as = Tensor.reshape_as(%x, %getitem)",
+        "%floor = math.floor(%x, %getitem)",
+        "%add_1 = add(%x, %getitem)",
         "return (%getitem, {'z': %x})",
     ]
 

@@ -240,7 +240,9 @@ def test_spellings(name: str) -> None:
         for node in made:
             assert node.target is KINDS[name].target
             names = list(KINDS[name].params)[KINDS[name].tensors :]
-            assert list(node.kwargs) == [n for n in names if n not in KINDS[name].optional or n in node.kwargs]
+            assert list(node.kwargs) == [
+                n for n in names if n not in KINDS[name].optional or n in node.kwargs
+            ]
         assert not Canonicalize()(gm).modified
 
 
@@ -261,6 +263,7 @@ DECLINED: dict[str, tuple[Tensor, Call]] = {
 def test_declined(name: str) -> None:
     x, call = DECLINED[name]
     gm = canonical(call, x)
+    assert {kind_name(n) for n in gm.graph.nodes} & KINDS.keys() <= {"mul", "getitem"}
     last = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     assert kind(last) is None, gm.graph
     assert not Canonicalize()(gm).modified
@@ -269,6 +272,12 @@ def test_declined(name: str) -> None:
 def test_arithmetic_on_sizes_is_left_alone() -> None:
     gm = canonical(lambda x: x.reshape(x.shape[0] * x.size(1), 1) * math.pi, V)
     assert kind_name(next(n for n in gm.graph.nodes if n.op == "output").args[0]) == "mul"
+
+
+def test_names_of_what_is_no_kind() -> None:
+    gm = canonical(lambda x: torch.add(x, x, alpha=2) - x.sub(x, alpha=3), V)
+    names = [kind_name(n) for n in gm.graph.nodes]
+    assert names == ["placeholder", "torch.add", "Tensor.sub", "sub", "output"]
 
 
 def test_golden() -> None:

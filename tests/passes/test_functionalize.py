@@ -590,7 +590,7 @@ def write_step(x: Tensor, a: int, b: int) -> Callable[[Tensor, Tensor], Any]:
     kinds: list[Callable[[Tensor, Tensor], Any]] = [
         lambda t, o: t.add_(1),
         lambda t, o: t.relu_(),
-        lambda t, o: t.mul_(o.sum()),
+        lambda t, o: t.mul_(o.amax()),  # exact, in whatever order memory lies
         lambda t, o: operator.isub(t, 0.5),
         lambda t, o: F.leaky_relu(t, 0.3, inplace=True),
         lambda t, o: t.clamp_(-2, 2),
@@ -598,14 +598,14 @@ def write_step(x: Tensor, a: int, b: int) -> Callable[[Tensor, Tensor], Any]:
         lambda t, o: t.zero_(),
         lambda t, o: t.masked_fill_(t > 0.5, a),
         lambda t, o: operator.setitem(t, t < 0, b),
-        lambda t, o: t.copy_(o.mean()),
+        lambda t, o: t.copy_(o.amin()),
     ]
     if rank:
         dim, size = a % rank, x.shape[a % rank]
         index = (slice(None),) * dim
         kinds += [
             lambda t, o: operator.setitem(t, (*index, b % size), a),
-            lambda t, o: operator.setitem(t, (*index, slice(b % size, None)), o.sum()),
+            lambda t, o: operator.setitem(t, (*index, slice(b % size, None)), o.amax()),
             lambda t, o: operator.setitem(t, (*index, slice(0, 1)), t[(*index, slice(size - 1, size))] + 1),
             lambda t, o: t.add_(t.flip(dim)),
             lambda t, o: t[(*index, b % size)].sub_(2),
