@@ -115,7 +115,7 @@ def output_names(gm: fx.GraphModule, wanted: Sequence[str] | None, inputs: Seque
     """
     result = next(node for node in gm.graph.nodes if node.op == "output").args[0]
     leaves, _ = pytree.tree_flatten_with_path(result)
-    found = [keys for keys, leaf in leaves if isinstance(leaf, fx.Node)]
+    found = [path for keys, leaf in leaves if isinstance(leaf, fx.Node) for path in _parts(keys, leaf)]
     if not found:
         raise ExportError("the graph has no output tensor")
     by_key = all(keys and isinstance(keys[0], pytree.MappingKey) for keys in found)
@@ -125,6 +125,12 @@ def output_names(gm: fx.GraphModule, wanted: Sequence[str] | None, inputs: Seque
     if both:
         raise ExportError(f"{both} would name both an input and an output", hint="give output_names")
     return names
+
+
+def _parts(keys: Sequence[Any], leaf: fx.Node) -> list[Sequence[Any]]:
+    """The paths of the tensors that an output node gives: one, or a namedtuple's fields, which fx calls as a function."""
+    fields = getattr(leaf.target, "_fields", None) if leaf.op == "call_function" else None
+    return [keys] if fields is None else [(*keys, pytree.MappingKey(field)) for field in fields]
 
 
 def _path_name(name: str, keys: Sequence[Any]) -> str:

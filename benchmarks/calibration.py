@@ -2,6 +2,8 @@
 
     python benchmarks/calibration.py
     python benchmarks/calibration.py --device cuda --batch 64 --rounds 5
+    python benchmarks/calibration.py --torch-ao --modelopt   (in an environment that has them, see setup_peers.sh)
+    python benchmarks/calibration.py --memory 8 512
 
 The plain forward is the same fused graph without observers, in inference mode. Every batch goes through all
 variants in turn, so that all of them see the same load on the machine; medians over all batches and rounds
@@ -13,7 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +30,6 @@ from networks import torchvision_models
 from torch import Tensor, fx, nn
 
 import fxq
-from fxq.calibration import calibrate, solve
 from fxq.observers import Histogram
 from fxq.quantizer import Quantizer, quantizers
 from fxq.recipe import QSpec, Recipe, Rule
@@ -33,9 +37,10 @@ from fxq.recipe import QSpec, Recipe, Rule
 COLLECTED = {
     "max": ["max"],
     "moving-average": ["moving-average"],
-    "entropy": ["percentile", "entropy", "mse"],
+    "entropy": ["percentile", "entropy", "mse", "auto"],
 }
 TORCH_AO = "torch.ao HistogramObserver"
+MODELOPT = {"modelopt max": "max", "modelopt histogram": "histogram"}
 
 
 @dataclass
@@ -87,6 +92,39 @@ def torch_ao(model: nn.Module, example: Tensor) -> nn.Module:
     return found.to(example.device)
 
 
+def modelopt(model: nn.Module, how: str) -> nn.Module:
+    """modelopt's quantized modules in its mode for collecting, by maxima or by histograms."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.model_calib import enable_stats_collection
+
+    config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+    for rule in config["quant_cfg"]:
+        if how == "histogram" and rule["quantizer_name"] == "*input_quantizer":
+            rule["cfg"]["calibrator"] = "histogram"
+    found: nn.Module = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mtq.quantize(found, {**config, "algorithm": None})
+    enable_stats_collection(found)
+    return found
+
+
+def peak_memory(count: int, args: argparse.Namespace) -> float:
+    """Peak resident MB of a process that calibrates by entropy on `count` batches, made one by one."""
+    command = [sys.executable, __file__, "--model", args.model, "--batch", str(args.batch), "--threads"]
+    command += [str(args.threads), "--size", str(args.size), "--peak-of", str(count)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_own_peak(args: argparse.Namespace) -> None:
+    """Calibrate on generated batches and print this process's peak resident MB."""
+    shape = (args.batch, 3, args.size, args.size)
+    gm = prepared(torchvision_models().get_model(args.model, weights=None).eval(), torch.randn(shape), "entropy")
+    batches = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(args.peak_of))
+    fxq.calibrate(gm, batches, progress=False, bias_correction=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
 def bytes_observed(gm: fx.GraphModule, batch: Tensor) -> int:
     """Bytes that the observers of activations read per batch."""
     observed = {f"quantizers.{name}" for name, q in quantizers(gm).items() if not q.weight}
@@ -119,6 +157,12 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--torch-ao", action="store_true", help=f"run {TORCH_AO} as well")
+    parser.add_argument("--modelopt", action="store_true", help="run NVIDIA's modelopt as well")
+    parser.add_argument("--size", type=int, default=224, help="side of an image (default: %(default)s)")
+    parser.add_argument(
+        "--memory", type=int, nargs="+", help="only print the peak memory of calibrating on so many batches"
+    )
+    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -153,7 +197,7 @@ def solve_table(graphs: dict[str, fx.GraphModule], base: float) -> str:
             seconds = []
             for _ in range(3):
                 start = time.perf_counter()
-                solve(graphs[collected], method)
+                fxq.solve(graphs[collected], method)
                 seconds.append(time.perf_counter() - start)
             lines.append(f"| {method} | {min(seconds) / base:.3f} | {min(seconds) * 1e3:.0f} |")
     return "\n".join(lines)
@@ -163,15 +207,25 @@ def main() -> None:
     args = options()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.peak_of is not None:
+        print_own_peak(args)
+        return
+    if args.memory:
+        print("| batches | peak resident MB |\n|---|---|")
+        for count in args.memory:
+            print(f"| {count} | {peak_memory(count, args):.0f} |")
+        return
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = torchvision_models().get_model(args.model, weights=None).eval()
     model = model.to(args.device, memory_format=layout)
-    images = synthetic(args.batch * args.batches, (3, 224, 224), seed=1)
+    images = synthetic(args.batch * args.batches, (3, args.size, args.size), seed=1)
     batches = [b.to(args.device).contiguous(memory_format=layout) for b in images.split(args.batch)]
     graphs = {method: prepared(model, batches[0], method) for method in COLLECTED}
     variants = [Variant("plain", plain(graphs["max"])), *(Variant(name, gm) for name, gm in graphs.items())]
     if args.torch_ao:
         variants.append(Variant(TORCH_AO, torch_ao(model, batches[0])))
+    if args.modelopt:
+        variants += [Variant(name, modelopt(model, how)) for name, how in MODELOPT.items()]
     with torch.inference_mode():
         for variant in variants:
             variant.run(batches[0])
@@ -188,10 +242,11 @@ def main() -> None:
     print(f"{count} tensors, {read:.0f} MB a batch are observed\n")
     print(f"{forward_table(variants)}\n\n{solve_table(graphs, base)}\n")
     start = time.perf_counter()
-    calibrate(graphs["entropy"], batches, progress=False)
+    fxq.calibrate(graphs["entropy"], batches, progress=False, bias_correction=False)
     whole = time.perf_counter() - start
     print(
-        f"fxq.calibrate by entropy, the whole call: {whole / (base * len(batches)):.3f} of the plain forwards"
+        f"fxq.calibrate by entropy, the whole call, without bias correction: {whole / (base * len(batches)):.3f} of "
+        "the plain forwards"
     )
 
 

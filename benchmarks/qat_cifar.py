@@ -7,7 +7,7 @@ where the published lossless images give 91.7%): training sees the first, top-1 
 error of about 0.9 points. 4 bits are simulation:
 signed int4 weights per channel, uint4 behind ReLU, int4 elsewhere; the first convolution and the classifier stay INT8,
 as in the LSQ and PACT papers. Every QAT run starts at the PTQ scales (MSE) and trains 6 epochs with SGD (momentum 0.9,
-learning rate 0.01 falling along a cosine, learned scales a hundredth of it, weight decay 1e-4), with shifts and flips.
+learning rate 0.01 falling along a cosine, learned scales a thousandth of it, weight decay 1e-4), with shifts and flips.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--scale-lr", type=float, default=1e-4)
+    parser.add_argument("--scale-lr", type=float, default=1e-5)
     parser.add_argument("--scales", default="fixed,moving-average,learned,pact")
     parser.add_argument("--bits", default="4,8")
     parser.add_argument("--threads", type=int, default=2)

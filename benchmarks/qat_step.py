@@ -68,7 +68,7 @@ def modelopt(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 VARIANTS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
-    "float": lambda model, x: model,
+    "float": lambda model, _: model,
     "fxq": fxq_variant("fixed"),
     "fxq moving-average": fxq_variant("moving-average"),
     "fxq learned": fxq_variant("learned"),

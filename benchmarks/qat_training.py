@@ -31,7 +31,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> 
     return 100 * right / len(labels)
 
 
-def train(
+def train(  # noqa: PLR0913 - what a training run is made of
     model: nn.Module,
     images: Tensor,
     labels: Tensor,

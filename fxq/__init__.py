@@ -9,7 +9,19 @@ from __future__ import annotations
 from . import calibration_io, passes, qat
 from .editor import Editor
 from .errors import FxqError
-from .flow import build, calibrate, convert, export, lint, prepare, prepare_qat, quantize, report, solve, trace
+from .flow import (
+    build,
+    calibrate,
+    convert,
+    export,
+    lint,
+    prepare,
+    prepare_qat,
+    quantize,
+    report,
+    solve,
+    trace,
+)
 from .graph import Annotation
 from .manager import PassManager, Pipeline
 from .passbase import Pass, PassResult

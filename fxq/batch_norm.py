@@ -57,18 +57,22 @@ class TrainedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x normalized, [N, channels, …]; x itself where the fold did that already."""
+        momentum = self.momentum
         if self.batch_statistics:
             self.num_batches_tracked.add_(1)
-            momentum = self.momentum
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps
-            )
-        if self.folded:
+        elif self.folded:
             return x
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=self.batch_statistics,
+            momentum=momentum or 0.0,
+            eps=self.eps,
         )
 
     def extra_repr(self) -> str:

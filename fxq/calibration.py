@@ -113,10 +113,10 @@ def _collect(
     if max_batches is not None and max_batches < 1:
         raise CalibrationError(f"max_batches is {max_batches}", hint="give 1 or more, or None for all")
     observing = [q for q in found.values() if q.observer is not None]
-    for quantizer in observing:
-        # What all ranks hold alike counts once: as the first one's.
-        if reset or (ranks is not None and ranks.rank > 0 and quantizer.observer is not None and quantizer.observer.shared):
-            quantizer.reset()
+    later = ranks is not None and ranks.rank > 0
+    for observer in (q.observer for q in observing if q.observer is not None):
+        if reset or (later and observer.shared):  # what all ranks hold alike counts once: as the first one's
+            observer.reset()
     feeder = _Feeder(gm, observing, forward or _plain_forward(gm))
     show = progress and (ranks is None or ranks.rank == 0)
     with _collecting(gm, observing):

@@ -100,8 +100,10 @@ def load_statistics(prepared: fx.GraphModule, path: str | PathLike[str]) -> None
             f"{path} does not fit this graph: {'; '.join(problems)}",
             hint="prepare the same model with the same recipe, or set ranges with set_amax",
         )
+    device = _device(prepared)
     for name, quantizer in found.items():
         prefix = f"{name}."
+        quantizer.to(device)
         quantizer.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
@@ -217,12 +219,12 @@ def set_amax(prepared: fx.GraphModule, amax: Mapping[str, Amax], *, partial: boo
         raise CalibrationError(
             f"there is no amax for {', '.join(missing)}", hint="name them too, or pass partial=True"
         )
-    places = quantized_nodes(prepared)
+    places, device = quantized_nodes(prepared), _device(prepared)
     for name, quantizer in found.items():
         weight = constant(places.get(name))
         if name in ranges:
             parameters = scale_and_zero_point(-ranges[name], ranges[name], quantizer.spec)
-            quantizer.set_parameters(*(p.to(quantizer.scale.device) for p in parameters))
+            quantizer.set_parameters(*(p.to(device) for p in parameters))
         elif quantizer.weight and weight is not None and not quantizer.solved:
             quantizer.solve_weight(weight)
     _forget_corrections(prepared)
@@ -235,6 +237,10 @@ def _quantizers(prepared: fx.GraphModule) -> dict[str, Quantizer]:
     if not found:
         raise CalibrationError("this graph has no quantizers", hint="pass what fxq.prepare returned")
     return found
+
+
+def _device(prepared: fx.GraphModule) -> torch.device:
+    return next((p.device for p in prepared.parameters()), torch.device("cpu"))
 
 
 def _kind(quantizer: Quantizer) -> list[Any]:

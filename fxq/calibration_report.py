@@ -214,7 +214,7 @@ def _share_at_ends(quantizer: Quantizer, observer: Histogram) -> float:
     counts = observer.counts.cpu().double()
     zero = 0 if observer.symmetric else len(counts) // 2
     middle = (torch.arange(len(counts), dtype=torch.float64) - zero + 0.5) * float(observer.width.cpu())
-    levels: Tensor = middle / float(quantizer.scale)
+    levels: Tensor = middle / float(quantizer.scale.detach())
     dtype, zero_point = quantizer.spec.qdtype, int(quantizer.zero_point)
     last = dtype.qmax - zero_point - 0.5
     ends = levels >= last

@@ -25,8 +25,8 @@ from tqdm import tqdm
 import fxq
 
 from .backends.onnxrt import Session
-from .optional import require
 from .errors import MissingDependencyError
+from .optional import require
 
 __all__ = ["Block", "ResNet", "digits", "main", "train"]
 
@@ -184,7 +184,7 @@ def _show_residual(console: Console, traced: fx.GraphModule, quantized: fx.Graph
         fxq.format_graph(traced, lambda n: n.name.startswith("layer1_0")), markup=False, style="dim"
     )
     console.print(f"\n{_FIX}")
-    shown = "relu relu_quantize relu_dequantize layer1_0_relu_dequantize layer1_0_bn2 layer1_0_add".split()
+    shown = ["relu", "relu_quantize", "relu_dequantize", "layer1_0_relu_dequantize", "layer1_0_bn2", "layer1_0_add"]
     console.print(fxq.format_graph(quantized, lambda n: n.name in shown), markup=False, style="dim")
 
 

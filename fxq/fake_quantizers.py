@@ -113,12 +113,8 @@ class FakeQuantizer(Quantizer):
         RecipeError: The policy learns, and the spec is asymmetric or its type floating.
     """
 
-    def __init__(
-        self, source: Quantizer, policy: str, shape: Sequence[int], *, momentum: float = 0.01
-    ) -> None:
-        super().__init__(
-            source.spec, tensor=source.tensor, axis=source.axis, tie=source.tie, weight=source.weight
-        )
+    def __init__(self, source: Quantizer, policy: str, shape: Sequence[int], *, momentum: float = 0.01) -> None:
+        super().__init__(source.spec, tensor=source.tensor, axis=source.axis, tie=source.tie, weight=source.weight)
         self.policy, self.momentum = policy, momentum
         self.observing = True
         self.mode = Mode.QUANTIZE
@@ -127,9 +123,7 @@ class FakeQuantizer(Quantizer):
         self._known = False
         self._dtype = self.spec.qdtype
         # Whether straight_through has the arithmetic for the spec; the rest goes through fxq.qdq.
-        self._fast = (
-            self.spec.symmetric is not False and not self._dtype.floating and self._dtype.qmax < 1 << 20
-        )
+        self._fast = self.spec.symmetric is not False and not self._dtype.floating and self._dtype.qmax < 1 << 20
         channels = () if self.axis is None else (shape[self.axis],)
         self.zero_point = torch.zeros(channels, dtype=torch.int32)
         scale = torch.full(channels, torch.nan)
@@ -354,9 +348,7 @@ class FakeQuantizer(Quantizer):
             return
         for held, new in ((observer.amin, low), (observer.amax, high)):
             held.copy_(torch.where(held.isfinite(), torch.lerp(held, new, self.momentum), new))
-        ranges = [
-            m.observer for m in self._members if m.observer is not None and m.observer.amin.shape == low.shape
-        ]
+        ranges = [m.observer for m in self._members if m.observer is not None and m.observer.amin.shape == low.shape]
         low = torch.stack([r.amin for r in ranges]).amin(0)
         high = torch.stack([r.amax for r in ranges]).amax(0)
         self._set(*unchecked_scale_and_zero_point(low, high, self.spec))

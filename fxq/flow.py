@@ -12,20 +12,22 @@ import torch
 from torch import fx, nn
 
 from . import calibration
+from .arguments import example_arguments
 from .batches import Inputs, model_inputs, moved
 from .bias_correction import CORRECTIONS, Sampler, correct_biases
 from .calibration_report import CalibrationReport
-from .errors import CalibrationError, ConvertError, ExportError, RecipeError
+from .errors import CalibrationError, ConvertError, ExportError, RecipeError, TraceError
 from .fake_quantizers import POLICIES, ScalePolicy
-from .graph import state, update_state
+from .graph import error_at, state, tensor_info, update_state
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
+from .qdq import QUANTIZE
 from .quantizer import quantizers, submodule_name
 from .ranks import TIMEOUT, joined, on_first
 from .recipe import Method, Recipe
 from .reports import Report, build_report
 from .target import Target
-from .tracer import example_arguments, trace_model
+from .tracer import trace_model
 
 if TYPE_CHECKING:
     from .backends.trt_engine import Engine
@@ -72,6 +74,14 @@ def trace(
     Raises:
         TraceError: Tracing stopped; the message names the user's line and the ways out.
     """
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"recipe is a {type(recipe).__name__}", hint="write fxq.Recipe([fxq.Rule(...), ...])"
+        )
+    if not isinstance(model, nn.Module):
+        raise TraceError(
+            f"cannot trace a {type(model).__name__}", hint="give an nn.Module; wrap a function in one"
+        )
     args, kwargs = example_arguments(example_inputs, example_kwargs)
     return trace_model(
         model,
@@ -192,7 +202,7 @@ def prepare_qat(
     return gm.train()
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - all but two are options by name
     prepared: fx.GraphModule,
     batches: Iterable[Any] | torch.Tensor | None,
     *,
@@ -312,9 +322,9 @@ def solve(
         CalibrationError: A quantizer saw no data, or its statistics cannot answer the method; all are named, and
             no scale is changed.
     """
-    before = {name: q.scale.clone() for name, q in quantizers(prepared).items()}
+    before = {name: q.scale.cpu() for name, q in quantizers(prepared).items()}
     found = calibration.solve(prepared, method)
-    same = all(torch.equal(before[name], q.scale) for name, q in quantizers(prepared).items())
+    same = all(torch.equal(before[name], q.scale.cpu()) for name, q in quantizers(prepared).items())
     if batches is not None:
         device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
         inputs = [moved(model_inputs(prepared, batch), device) for batch in batches]
@@ -382,6 +392,15 @@ def export(
     held = state(quantized)
     if "observed" in held.properties and "quantized" not in held.properties:
         raise ExportError("this graph has observers, not quantizers", hint="run fxq.convert(prepared) first")
+    for node in quantized.graph.find_nodes(op="call_function", target=QUANTIZE):
+        info = tensor_info(node.all_input_nodes[0])
+        if info is not None and info.dtype is not torch.float32:
+            raise error_at(
+                ExportError,
+                f"the graph computes in {str(info.dtype).removeprefix('torch.')}, and Q/DQ files are written in float32",
+                node,
+                "prepare model.float() instead",
+            )
     return export_onnx(
         quantized,
         held.example_args,

@@ -83,9 +83,7 @@ class Fold(NamedTuple):
         return along_outputs(values, weight, groups=self.groups, transposed=self.transposed)
 
 
-def fold_bias(
-    bias: Tensor | None, mean: Tensor, beta: Tensor | None, factor: Tensor, dtype: torch.dtype
-) -> Tensor:
+def fold_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The bias, [out], of a layer with BatchNorm folded in, computed in float64 and given in `dtype`."""
     shift = -mean.to(_EXACT) * factor
     if bias is not None:
@@ -95,7 +93,7 @@ def fold_bias(
     return shift.to(dtype)
 
 
-def fold(
+def fold(  # noqa: PLR0913 - a layer and a BatchNorm have so many tensors
     weight: Tensor,
     bias: Tensor | None,
     mean: Tensor,

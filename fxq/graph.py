@@ -1,9 +1,9 @@
 """Reading an FX graph: what fxq knows about its nodes and about the whole.
 
-What fxq knows about a node lies in ``node.meta`` under a few keys, each a frozen value, so that a copied graph shares
-nothing that can change: :class:`Origin` (where the user wrote it), :class:`TensorInfo` (what it gives) and, from
-annotation on, :class:`Annotation` for each of its edges. What fxq knows about a whole graph lies in
-``gm.meta["fxq"]``, a frozen :class:`State`.
+What fxq knows about a node lies in ``node.meta`` under a few keys, each a frozen value, so that a copied
+graph shares nothing that can change: :class:`Origin` (where the user wrote it), :class:`TensorInfo` (what it
+gives) and, from annotation on, :class:`Annotation` for each of its edges. What fxq knows about a whole graph
+lies in ``gm.meta["fxq"]``, a frozen :class:`State`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Origin:
         module_types: Types of the modules from the model down to that one.
         source: The user's ``file:line``, the innermost frame outside torch; None where there is none.
         code: That line's text.
-        call: True if the node is the whole of that module's own call (as ``layer1.0.conv1`` is of its Conv2d).
+        call: True if the node is the whole of that module's own call (as ``layer1.0.conv1`` is of its
+            Conv2d).
+        leaf: True if the user asked for that module to stay whole.
     """
 
     module_path: str = ""
@@ -66,6 +68,7 @@ class Origin:
     source: str | None = None
     code: str = ""
     call: bool = False
+    leaf: bool = False
 
     @property
     def module_type(self) -> type[torch.nn.Module] | None:
@@ -83,7 +86,9 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Storage:
-    """The memory behind one tensor of the example run: address, shape, strides (elements), offset (elements)."""
+    """The memory behind one tensor of the example run: address, shape, strides (elements), offset
+    (elements).
+    """
 
     address: int
     shape: tuple[int, ...]
@@ -159,7 +164,7 @@ class State:
     """
 
     target: Target
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
     example_args: tuple[Any, ...] = ()
     example_kwargs: Mapping[str, Any] = field(default_factory=dict)
     properties: frozenset[str] = frozenset()
@@ -176,7 +181,7 @@ def state(gm: fx.GraphModule) -> State:
     Raises:
         PassError: The GraphModule does not come from fxq.
     """
-    found = gm.meta.get(STATE)
+    found = getattr(gm, "meta", {}).get(STATE)
     if not isinstance(found, State):
         raise PassError(
             "this GraphModule does not come from fxq",

@@ -221,7 +221,8 @@ def node_values(
     bound = inspect.signature(work.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     recorder = _Recorder(work)
-    with torch.no_grad(), torch.random.fork_rng():
+    devices = {t.device for t in (*work.parameters(), *work.buffers()) if t.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         recorder.run(*bound.arguments.values())
     return recorder.values

@@ -5,7 +5,7 @@ sample out three times. Only :mod:`fxq.observers` loads this room, and only wher
 kernel's annotations itself and knows no types but its own, so kernels have none.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+# mypy: disable-error-code="import-not-found,no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _range(
 
 
 @triton.jit
-def _histogram(
+def _histogram(  # noqa: PLR0913, PLR0917 - a kernel has no objects to bundle its arguments in
     x_ptr,
     low_ptr,
     high_ptr,
@@ -105,14 +105,14 @@ def _histogram(
     x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
     scaled = x * ((unit - power) << 23).to(tl.float32, bitcast=True)
     if zero == 0:
-        bin = tl.abs(scaled).to(tl.int32)
+        at_bin = tl.abs(scaled).to(tl.int32)
     else:  # by the bits: a tiny value's product is 0, and it still belongs below 0
         bits = x.to(tl.int32, bitcast=True)
-        bin = scaled.to(tl.int32) + zero - tl.where((bits < 0) & (bits & 0x7FFFFFFF != 0), 1, 0)
-    bin = tl.minimum(tl.maximum(bin, 0), bins - 1)
+        at_bin = scaled.to(tl.int32) + zero - tl.where((bits < 0) & (bits & 0x7FFFFFFF != 0), 1, 0)
+    at_bin = tl.minimum(tl.maximum(at_bin, 0), bins - 1)
     # Most of a ReLU's values want the bin of 0: it gets what is missing in the end.
     own = counts_ptr + program % copies * bins
-    tl.atomic_add(own + bin, tl.full([block], 1, tl.int32), mask=valid & (bin != zero), sem="relaxed")
+    tl.atomic_add(own + at_bin, tl.full([block], 1, tl.int32), mask=valid & (at_bin != zero), sem="relaxed")
 
 
 def collect_range(x: Tensor, low: Tensor, high: Tensor) -> None:

@@ -132,8 +132,12 @@ def _value(tree: ast.expr, kind: type[Pass]) -> Any:
     """A literal, a dataclass or enum member of the pass's module, or a container of such."""
     if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
         made = getattr(sys.modules[kind.__module__], tree.func.id, None)
-        if isinstance(made, type) and dataclasses.is_dataclass(made):
-            return made(**{k.arg: _value(k.value, kind) for k in tree.keywords if k.arg is not None})
+        named = all(k.arg is not None for k in tree.keywords)
+        if isinstance(made, type) and dataclasses.is_dataclass(made) and named:
+            try:
+                return made(**{str(k.arg): _value(k.value, kind) for k in tree.keywords})
+            except TypeError as error:
+                raise PassError(f"{ast.unparse(tree)} cannot be made: {error}") from error
     if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name):
         owner = getattr(sys.modules[kind.__module__], tree.value.id, None)
         if isinstance(owner, type) and issubclass(owner, enum.Enum) and tree.attr in owner.__members__:

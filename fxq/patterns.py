@@ -104,8 +104,8 @@ class Op(Part):
     """A call: of an op kind, a function, a method, or a module.
 
     Args:
-        calls: What is called, or a tuple of that: an op kind's name (``conv2d``, ``conv*d``), a function, or a
-            module type.
+        calls: What is called, or a tuple of that: an op kind's name (``conv2d``, ``conv*d``), a function, or
+            a module type.
         operands: Parts or literals for the first arguments in their canonical order; a list stands for one
             of its length (``Op("cat", [a, b])``). Arguments that are not mentioned may be anything.
         name: What a match calls the node.

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from .batch_norm import TrainedBatchNorm
 from .graph import attribute, constant, edge_annotations, origin, state, tensor_info
-from .ops import kind_name
+from .ops import kind_name, products
 from .qdq import DEQUANTIZE, QUANTIZE
 from .recipe import QDType, QSpec
 from .verify import is_dequantized, quantizer_of
@@ -155,9 +155,9 @@ def _behind_norm(node: fx.Node) -> fx.Node:
 
 
 def _hidden(gm: fx.GraphModule, node: fx.Node) -> int:
-    """How many weighted operations a module that is kept whole holds."""
+    """How many weighted operations a call holds that has no edges of its own, such as a module kept whole."""
     if node.op != "call_module":
-        return 0
+        return products(node)
     module = attribute(gm, str(node.target))
     inside = sum(isinstance(m, _WEIGHTED) for path, m in module.named_modules() if path)
     return inside or int(isinstance(module, _WEIGHTED))

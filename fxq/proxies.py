@@ -1,7 +1,8 @@
-"""What a model's forward sees while it is traced: proxies that record in-place work and refuse what cannot be recorded.
+"""What a model's forward sees while it is traced: proxies that record in-place work and refuse what cannot be
+recorded.
 
-Plain fx loses ``x += y`` on a tensor that others see too, and refuses ``x[:, 0] = y``; :mod:`fxq.passes.functionalize`
-makes both safe later.
+Plain fx loses ``x += y`` on a tensor that others see too, and refuses ``x[:, 0] = y``;
+:mod:`fxq.passes.functionalize` makes both safe later.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from .optional import require
 from .batch_norm import TrainedBatchNorm, batch_norms
 from .errors import CalibrationError, RecipeError
 from .fake_quantizers import POLICIES, FakeQuantizer, ScalePolicy
 from .graph import origin
+from .optional import require
 from .quantizer import Mode, quantized_nodes, quantizers
 
 __all__ = [
@@ -92,7 +92,9 @@ def _fake_quantizers(gm: nn.Module, pattern: str) -> list[FakeQuantizer]:
 
 
 @contextmanager
-def _held(gm: nn.Module, pattern: str, attribute: Literal["observing", "mode"], value: Any) -> Iterator[None]:
+def _held(
+    gm: nn.Module, pattern: str, attribute: Literal["observing", "mode"], *, value: Any
+) -> Iterator[None]:
     chosen = _fake_quantizers(gm, pattern)
     before = [getattr(q, attribute) for q in chosen]
     for quantizer in chosen:
@@ -117,14 +119,14 @@ def disable_observers(gm: nn.Module, pattern: str = "*") -> Iterator[None]:
     Raises:
         RecipeError: The pattern matches no quantizer.
     """
-    with _held(gm, pattern, "observing", False):
+    with _held(gm, pattern, "observing", value=False):
         yield
 
 
 @contextmanager
 def enable_observers(gm: nn.Module, pattern: str = "*") -> Iterator[None]:
     """Let scales move for the length of a ``with`` block; see :func:`disable_observers`."""
-    with _held(gm, pattern, "observing", True):
+    with _held(gm, pattern, "observing", value=True):
         yield
 
 
@@ -139,14 +141,14 @@ def disable_quantizers(gm: nn.Module, pattern: str = "*") -> Iterator[None]:
     Raises:
         RecipeError: The pattern matches no quantizer.
     """
-    with _held(gm, pattern, "mode", Mode.OFF):
+    with _held(gm, pattern, "mode", value=Mode.OFF):
         yield
 
 
 @contextmanager
 def enable_quantizers(gm: nn.Module, pattern: str = "*") -> Iterator[None]:
     """Compute with quantized tensors for the length of a ``with`` block; see :func:`disable_quantizers`."""
-    with _held(gm, pattern, "mode", Mode.QUANTIZE):
+    with _held(gm, pattern, "mode", value=Mode.QUANTIZE):
         yield
 
 

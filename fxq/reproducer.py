@@ -1,8 +1,8 @@
 """A failing pass, saved with the graph that it got: a Python script and a file of tensors.
 
 They run on their own, and nothing in them is pickled. The script builds the graph node by node, so it can be
-read, cut down and put into a bug report. Passes and functions of the user's come along: a lone file as a copy,
-a package by its place.
+read, cut down and put into a bug report. Passes and functions of the user's come along: a lone file as a
+copy, a package by its place.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def put(path, value):
 class Reproducer(Instrument):
     """Saves a reproducer when a pass fails, and says so in a note of the error.
 
-    It copies the graph before each pass, which costs as much memory as the model.
+    It copies the graph before each pass, which costs as much memory as the model. What is saved
+    runs on the CPU.
 
     Args:
         folder: Where to save; each failure goes into a folder of it that has the pass's name.

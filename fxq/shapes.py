@@ -1,7 +1,7 @@
 """One run of a graph on example inputs: shape, dtype and memory of every node.
 
-The run uses tensors without data where it can. Besides shapes it shows what no name tells reliably: which nodes share
-memory and which change it.
+The run uses tensors without data where it can. Besides shapes it shows what no name tells reliably: which
+nodes share memory and which change it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class _Interpreter(fx.Interpreter):
 
     Args:
         gm: The graph.
-        mode: Makes parameters and buffers tensors without data; None copies them, for what the graph changes in place.
+        mode: Makes parameters and buffers tensors without data; None copies them, for what the graph changes
+            in place.
     """
 
     def __init__(self, gm: fx.GraphModule, mode: fake_tensor.FakeTensorMode | None) -> None:
@@ -89,8 +90,8 @@ def _storage(tensor: torch.Tensor) -> Storage:
 def propagate_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Note shape, dtype and memory of every node for these inputs (one per placeholder).
 
-    Tensors without data are used, so this costs no memory and no device time. A graph whose shapes depend on values
-    is run for real instead, on copies: neither the inputs nor the model's tensors change.
+    Tensors without data are used, so this costs no memory and no device time. A graph whose shapes depend on
+    values is run for real instead, on copies: neither the inputs nor the model's tensors change.
 
     Raises:
         TraceError: The graph does not run on these inputs; the message names the node and the user's line.

@@ -176,11 +176,14 @@ class QSpec:
     def over(self, default: QSpec) -> QSpec:
         """This spec with every None filled from `default`.
 
-        An FP8 dtype over an asymmetric default is symmetric: it has no zero point.
+        An FP8 dtype over an asymmetric default is symmetric: it has no zero point. An unsigned dtype over a
+        symmetric default is asymmetric: with a zero point of 0 it would lose all that is negative.
         """
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if isinstance(self.dtype, QDType) and self.dtype.floating:
             mine["symmetric"] = True
+        elif isinstance(self.dtype, QDType) and self.dtype.qmin == 0 and self.symmetric is None:
+            mine["symmetric"] = False
         return dataclasses.replace(default, **{k: v for k, v in mine.items() if v is not None})
 
     @property

@@ -102,9 +102,7 @@ def fake_quantize(
     if gradient is ScaleGradient.NONE:
         scale = scale.detach()
         if x.is_cuda:  # PyTorch's own kernel and gradient; it multiplies by the reciprocal of the scale
-            return torch.fake_quantize_per_tensor_affine(
-                x, scale, zero_point, int(dtype.qmin), int(dtype.qmax)
-            )
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, int(dtype.qmin), int(dtype.qmax))
     result: Tensor = _PerTensor.apply(  # type: ignore[no-untyped-call]
         x, scale, dtype, gradient, gradient_scale
     )
@@ -183,9 +181,7 @@ def _spread(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return scale.view(shape)
 
 
-def _traced(
-    x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float
-) -> Tensor:
+def _traced(x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float) -> Tensor:
     """Fake quantization in operations whose own gradients are the wanted ones, over any scale that broadcasts."""
     held = scale.detach()
     if gradient is not ScaleGradient.NONE:
@@ -222,7 +218,7 @@ class _PerTensor(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, scale = ctx.saved_tensors
         dtype, gradient, gradient_scale = ctx.how
         if not ctx.needs_input_grad[1]:
@@ -252,9 +248,15 @@ def _dense(x: Tensor) -> Tensor | None:
     """x's elements in memory order, as a view; None where they have gaps."""
     if x.is_contiguous():
         return x.view(-1)
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    arranged = x.permute(order)
+    strides = x.stride()
+    arranged = x.permute(sorted(range(x.dim()), key=lambda d: -strides[d]))
     return arranged.view(-1) if arranged.is_contiguous() else None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """As :func:`_dense`, of a tensor that is known to be dense."""
+    found = _dense(x)
+    return x.reshape(-1) if found is None else found
 
 
 def _pieces_forward(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
@@ -263,9 +265,7 @@ def _pieces_forward(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
     if source is None or x.dtype is not torch.float32:
         return _quantized(x, scale, dtype).mul_(scale).to(x.dtype)
     y = torch.empty_like(x)
-    out = _dense(y)
-    assert out is not None
-    for piece, into in zip(source.split(_PIECE), out.split(_PIECE), strict=True):
+    for piece, into in zip(torch.split(source, _PIECE), torch.split(_flat(y), _PIECE), strict=True):
         torch.div(piece, scale, out=into)
         into.round_().clamp_(dtype.qmin, dtype.qmax).mul_(scale)
     return y
@@ -273,7 +273,7 @@ def _pieces_forward(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
 
 def _bounds(scale: Tensor, dtype: QDType) -> tuple[float, float]:
     """The values strictly between which nothing is clipped: half a step beyond the range's ends."""
-    step = float(scale)
+    step = float(scale.detach())
     return (dtype.qmin - 0.5) * _BELOW * step, (dtype.qmax + 0.5) * step
 
 
@@ -284,15 +284,10 @@ def _pieces_backward(
     if gradient is ScaleGradient.NONE:
         return torch.ops.aten.hardtanh_backward(grad, x, low, high), None
     flat = _dense(x)
-    if (
-        flat is None
-        or grad.stride() != x.stride()
-        or x.dtype is not torch.float32
-        or grad.dtype is not x.dtype
-    ):
+    if flat is None or grad.stride() != x.stride() or x.dtype is not torch.float32 or grad.dtype is not x.dtype:
         return _plain_backward(grad, x, scale, dtype, gradient)
     to_x = torch.empty_like(x)
-    pieces = zip(*(_dense(t).split(_PIECE) for t in (grad, x, to_x)), strict=True)  # type: ignore[union-attr]
+    pieces = zip(*(torch.split(_flat(t), _PIECE) for t in (grad, x, to_x)), strict=True)
     total = torch.zeros((), dtype=torch.float64)
     for g, piece, into in pieces:
         torch.ops.aten.hardtanh_backward.grad_input(g, piece, low, high, grad_input=into)
@@ -339,7 +334,8 @@ class _Weight(torch.autograd.Function):
         ctx.how = dtype, gradient, gradient_scale, scale.shape, axis
         factor = None
         if weight.is_cuda and _by_rows(weight, axis, fold) and (kernels := _kernels()) is not None:
-            y, steps = kernels.weight_forward(weight, scale, fold, dtype)
+            made: tuple[Tensor, Tensor] = kernels.weight_forward(weight, scale, fold, dtype)
+            y, steps = made
             if learns and fold is not None:
                 factor = fold.factor(weight)
         else:
@@ -350,7 +346,7 @@ class _Weight(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         steps, undone = ctx.saved_tensors
         dtype, gradient, gradient_scale, shape, axis = ctx.how
         low, high = (dtype.qmin - 0.5) * _BELOW, dtype.qmax + 0.5
@@ -368,15 +364,12 @@ class _Weight(torch.autograd.Function):
 
 
 def _by_rows(weight: Tensor, axis: int | None, fold: Fold | None) -> bool:
-    """Whether rows, [rows, …], that lie one after the other are what has scales and what the BatchNorm's channels are."""
-    return (
-        weight.is_contiguous() and weight.dim() > 0 and axis in (None, 0) and not (fold and fold.transposed)
-    )
+    """Whether what has scales, and what the BatchNorm's channels are, are rows that lie one after the other."""
+    rows = axis in (None, 0) and not (fold is not None and fold.transposed)
+    return rows and weight.dim() > 0 and weight.is_contiguous()
 
 
-def _weight_forward(
-    weight: Tensor, scale: Tensor, factor: Tensor | None, dtype: QDType
-) -> tuple[Tensor, Tensor]:
+def _weight_forward(weight: Tensor, scale: Tensor, factor: Tensor | None, dtype: QDType) -> tuple[Tensor, Tensor]:
     """The weight that training computes with, in its dtype, and its unrounded steps, float32."""
     if factor is None:
         return _weight_pieces(weight, scale, None, scale, dtype)
@@ -400,10 +393,10 @@ def _weight_pieces(
     rows = max(1, _PIECE // max(1, weight.numel() // max(1, weight.shape[0])))
     for first in range(0, weight.shape[0], rows):
         block = slice(first, first + rows)
-        own = [t if t is None or t.dim() == 0 else t[block] for t in (scale, factor, real)]
-        piece = weight[block] if own[1] is None else torch.mul(weight[block], own[1], out=steps[block])
-        torch.div(piece, own[0], out=steps[block])  # type: ignore[arg-type]
-        torch.round(steps[block], out=y[block]).clamp_(dtype.qmin, dtype.qmax).mul_(own[2])
+        own, its = (t if t.dim() == 0 else t[block] for t in (scale, real))
+        piece = weight[block] if factor is None else torch.mul(weight[block], factor[block], out=steps[block])
+        torch.div(piece, own, out=steps[block])
+        torch.round(steps[block], out=y[block]).clamp_(dtype.qmin, dtype.qmax).mul_(its)
     return y, steps
 
 

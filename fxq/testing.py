@@ -1,7 +1,8 @@
 """Checks for passes that people write: on a graph of theirs, and on random ones.
 
 One graph is for :func:`check_pass`, many are for :func:`check_pass_on_random_graphs`, which of a failure
-prints the smallest graph that still fails. Both raise :class:`fxq.errors.PassError` and need no test framework.
+prints the smallest graph that still fails. Both raise :class:`fxq.errors.PassError`, and need no test
+framework.
 """
 
 from __future__ import annotations

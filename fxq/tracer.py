@@ -1,8 +1,8 @@
 """A PyTorch model becomes a graph: symbolic tracing that knows where each node came from.
 
-The model is copied (in eval mode), so nothing the caller has is changed. Each node gets its :class:`~fxq.graph.Origin`
-(module path, the user's source line) while it is traced and its :class:`~fxq.graph.TensorInfo` from one propagation of
-the example inputs without data.
+The model is copied (in eval mode), so nothing the caller has is changed. Each node gets its
+:class:`~fxq.graph.Origin` (module path, the user's source line) while it is traced and its
+:class:`~fxq.graph.TensorInfo` from one propagation of the example inputs without data.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from .arguments import bind_arguments, has_tensor, kept_arguments
 from .errors import FxqError, TraceError
 from .graph import ORIGIN, Note, Origin, State, attribute, origin, set_state
 from .proxies import INPLACE_OPERATORS, WAYS_OUT, NestedInputs, TensorProxy
@@ -29,7 +30,7 @@ from .recipe import Recipe
 from .shapes import propagate_shapes
 from .target import Target
 
-__all__ = ["example_arguments", "trace_model", "weighted_leaves"]
+__all__ = ["trace_model", "weighted_leaves"]
 
 _TORCH: Final = f"{Path(torch.__file__).parent}/"
 _HERE: Final = f"{Path(__file__).parent}/"
@@ -61,8 +62,12 @@ class _Tracer(fx.Tracer):
         self.stack: list[tuple[str, type[nn.Module]]] = []
         self.stopped: str | None = None
 
+    def _asked(self, m: nn.Module, path: str) -> bool:
+        """Whether the user asked for this module to stay whole."""
+        return isinstance(m, self.leaf_types) or path in self.leaf_paths
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, self.leaf_types) or module_qualified_name in self.leaf_paths:
+        if self._asked(m, module_qualified_name):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -91,6 +96,7 @@ class _Tracer(fx.Tracer):
             source=f"{frame[0]}:{frame[1]}" if frame else None,
             code=linecache.getline(*frame).strip() if frame else "",
             call=node.op == "call_module",
+            leaf=node.op == "call_module" and self._asked(self.root.get_submodule(str(node.target)), path),
         )
         return node
 
@@ -166,36 +172,9 @@ def _user_frame(frames: Iterable[tuple[str, int]]) -> tuple[str, int] | None:
     for file, line in frames:
         if not file.startswith((_TORCH, _HERE, "<eval_with_key>", "<frozen")) and Path(file).suffix == ".py":
             return file, line
-        if file.startswith(("<ipython-input", "/tmp/ipykernel")) or "ipykernel_" in file:
+        if file.startswith("<ipython-input") or "ipykernel_" in file:
             return file, line
     return None
-
-
-def example_arguments(
-    example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as (args, kwargs).
-
-    Args:
-        example_inputs: A tensor, a tuple or list of positional inputs, or a dict of inputs by name.
-        example_kwargs: More inputs by name.
-
-    Raises:
-        TraceError: There is no input at all.
-    """
-    kwargs = dict(example_kwargs or {})
-    if isinstance(example_inputs, Mapping):
-        args: tuple[Any, ...] = ()
-        kwargs = {**example_inputs, **kwargs}
-    elif isinstance(example_inputs, tuple | list):
-        args = tuple(example_inputs)
-    else:
-        args = () if example_inputs is None else (example_inputs,)
-    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
-        raise TraceError(
-            "example_inputs hold no tensor", hint="pass a tensor, a tuple of inputs or a dict of them"
-        )
-    return args, kwargs
 
 
 def trace_model(
@@ -230,15 +209,15 @@ def trace_model(
     with torch.inference_mode(mode=False):
         root = _copy(model)
         _check_leaves(root, leaf_modules)
-        bound = _bind(root, args, kwargs, concrete_args or {})
-        inputs = {k: v for k, v in bound.items() if _has_tensor(v) and k not in (concrete_args or {})}
+        bound = bind_arguments(root, args, kwargs, concrete_args or {})
+        inputs = {k: v for k, v in bound.items() if has_tensor(v) and k not in (concrete_args or {})}
         fixed = {k: v for k, v in bound.items() if k not in inputs}
         tracer = _Tracer(leaf_modules, inputs, fixed)
         gm = fx.GraphModule(root, _trace(tracer, root), type(model).__name__)
         gm.eval()
         leaves = pytree.tree_leaves(list(inputs.values()))
         propagate_shapes(gm, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
-    in_args, in_kwargs = _kept(root, args, kwargs, inputs)
+    in_args, in_kwargs = kept_arguments(root, args, kwargs, inputs)
     new = State(
         target=target,
         recipe=recipe,
@@ -253,7 +232,9 @@ def trace_model(
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode; tensors that some module computed (the old weight_norm's weight) are copied by value."""
+    """A copy in eval mode; tensors that some module computed (the old weight_norm's weight) are copied by
+    value.
+    """
     for path, parameter in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(parameter):
             raise TraceError(
@@ -276,64 +257,21 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _check_leaves(root: nn.Module, leaf_modules: Sequence[type[nn.Module] | str]) -> None:
-    """Each path names a module."""
+    """Each path names a module, and each type is there."""
     known = dict(root.named_modules())
     for path in leaf_modules:
+        if not isinstance(path, str | type):
+            raise TraceError(
+                f"leaf_modules holds {path!r}", hint="name module types or dotted paths in a list"
+            )
+        if isinstance(path, type) and not any(isinstance(m, path) for m in known.values()):
+            raise TraceError(f"leaf_modules names {path.__name__}, and the model has no such module")
         if isinstance(path, str) and path not in known:
             near = difflib.get_close_matches(path, known, 3, 0.3)
             raise TraceError(
                 f"leaf_modules names {path!r}, and the model has no such module",
                 hint=f"near it are {', '.join(near)}" if near else "paths are those of named_modules()",
             )
-
-
-def _bind(
-    root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], concrete: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Values by parameter name of forward, defaults included; `concrete` wins over examples and defaults."""
-    signature = inspect.signature(root.forward)
-    strange = [name for name in concrete if name not in signature.parameters]
-    if strange:
-        raise TraceError(
-            f"concrete_args names {', '.join(strange)}, which {type(root).__name__}.forward does not take",
-            hint=f"it takes {', '.join(signature.parameters)}",
-        )
-    given = list(signature.parameters)[: len(args)]
-    try:
-        bound = signature.bind(*args, **{k: v for k, v in {**kwargs, **concrete}.items() if k not in given})
-    except TypeError as error:
-        raise TraceError(
-            f"example inputs do not fit {type(root).__name__}.forward{signature}: {error}",
-            hint="a tuple gives positional inputs, a dict gives inputs by name; wrap a single dict input in a tuple",
-        ) from error
-    bound.apply_defaults()
-    values: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            if value:
-                raise TraceError(f"{type(root).__name__}.forward takes *{name}, which has no fixed inputs",
-                                 hint="wrap the model in a module whose forward names its inputs")  # fmt: skip
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            if value:
-                raise TraceError(f"{type(root).__name__}.forward takes **{name}, which has no fixed inputs",
-                                 hint="wrap the model in a module whose forward names its inputs")  # fmt: skip
-        else:
-            values[name] = concrete.get(name, value)
-    return values
-
-
-def _kept(
-    root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs without those that tracing fixed to a value, which the graph no longer takes."""
-    names = inspect.signature(root.forward).parameters
-    kept = tuple(value for name, value in zip(names, args, strict=False) if name in inputs)
-    return kept, {k: v for k, v in kwargs.items() if k in inputs}
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _trace(tracer: _Tracer, root: nn.Module) -> fx.Graph:
@@ -374,7 +312,8 @@ def weighted_leaves(gm: fx.GraphModule) -> Iterator[Note]:
             continue
         module = attribute(gm, str(node.target))
         inner = [path for path, m in module.named_modules() if path and isinstance(m, _WEIGHTED)]
-        own = isinstance(module, _WEIGHTED) and not isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not origin(node).leaf
+        own = isinstance(module, _WEIGHTED) and not plain
         if not inner and not own:
             continue
         what = f"{len(inner)} weighted operations inside" if inner else "its weighted operations"

@@ -5,6 +5,7 @@ least of. Only :mod:`fxq.straight_through` loads this room, and only where Trito
 annotations itself and knows no types but its own, so kernels have none.
 """
 
+# ruff: noqa: PLR0913, PLR0917 - a kernel takes each pointer and each size by itself
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
 from __future__ import annotations
@@ -237,9 +238,7 @@ def weight_forward(weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDTy
     return y, steps
 
 
-def masked_weight(
-    weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDType, *, refresh: bool
-) -> Tensor:
+def masked_weight(weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDType, *, refresh: bool) -> Tensor:
     """The weight that training computes with, differentiable by PyTorch's own multiplication and addition.
 
     Args:
@@ -278,9 +277,7 @@ def _launch(
         )  # fmt: skip
 
 
-def average(
-    low: Tensor, high: Tensor, amin: Tensor, amax: Tensor, scale: Tensor, momentum: float, qmax: float
-) -> None:
+def average(low: Tensor, high: Tensor, amin: Tensor, amax: Tensor, scale: Tensor, momentum: float, qmax: float) -> None:
     """Pull a running range, `amin` and `amax`, towards a batch's, `low` and `high`, and set its scale.
 
     Args:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .errors import VerifyError
 from .graph import attribute, edge_annotations, error_at, state
@@ -77,9 +77,18 @@ def _annotated(gm: fx.GraphModule) -> Iterator[Problem]:
 
 def _read_float(node: fx.Node, quantized: Callable[[fx.Node], bool]) -> Iterator[Problem]:
     for edge, annotation in edge_annotations(node).items():
-        read = node.args[edge] if isinstance(edge, int) else None
+        read = _before_dropout(node.args[edge]) if isinstance(edge, int) else None
         if annotation.spec is not None and isinstance(read, fx.Node) and not quantized(read):
             yield node, f"reads {read.name} in float, which its annotation quantizes"
+
+
+def _before_dropout(read: Any) -> Any:
+    """What a graph that trains reads through dropout, which stands behind quantizers and is not deployed."""
+    while isinstance(read, fx.Node) and read.op == "call_module" and read.graph.owning_module is not None:
+        if not isinstance(attribute(read.graph.owning_module, str(read.target)), nn.modules.dropout._DropoutNd):
+            break
+        read = read.args[0]
+    return read
 
 
 def _observed(gm: fx.GraphModule) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """Writing through a view, out of place: what the memory behind a view holds once the view is changed.
 
-:func:`put_back` undoes one step from a tensor to its view (a reshape, a transposition, a slice, a part of a split);
-:func:`set_item` is ``base[index] = value``. Both give new nodes and change nothing.
+:func:`put_back` undoes one step from a tensor to its view (a reshape, a transposition, a slice, a part of a
+split); :func:`set_item` is ``base[index] = value``. Both give new nodes and change nothing.
 """
 
 from __future__ import annotations
@@ -322,7 +322,9 @@ def _put_items(editor: Editor, like: fx.Node, base: fx.Node, parsed: _Index, val
 def _scatter(
     editor: Editor, like: fx.Node, base: fx.Node, items: list[tuple[int, Any]], value: fx.Node
 ) -> fx.Node:
-    """`base` with `value` at `items`, one dimension at a time: into the slice of the first item go the others."""
+    """`base` with `value` at `items`, one dimension at a time: into the slice of the first item go the
+    others.
+    """
     (dim, item), rest = items[0], items[1:]
     if rest:
         index = (*[slice(None)] * dim, item)

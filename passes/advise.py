@@ -53,7 +53,8 @@ def _grouped_channels(node: fx.Node, multiple: int, kernel: int) -> str | None:
 
 
 def _fp8_convolution(node: fx.Node, few: int, volume: int) -> str | None:
-    weight, spec = constant(node.args[1]), edge_annotations(node)[0].spec
+    weight, held = constant(node.args[1]), edge_annotations(node).get(0)
+    spec = held.spec if held is not None else None
     if weight is None or spec is None or not spec.qdtype.floating:
         return None
     groups = int(node.kwargs["groups"])  # type: ignore[arg-type]

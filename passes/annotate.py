@@ -12,7 +12,7 @@ from torch import fx
 from ..editor import Editor
 from ..errors import RecipeError, TargetError
 from ..graph import Annotation, constant, edge_annotations, error_at, origin, state, tensor_info
-from ..ops import KINDS, kind_name
+from ..ops import KINDS, kind_name, products
 from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule
 from ..target import OpPlacement, Target
@@ -64,6 +64,9 @@ class Annotate(Pass):
     ) -> set[int]:
         """Annotate one node; gives the indices of the rules that had a say."""
         placement = target.ops.get(kind_name(node))
+        if placement is None and products(node):
+            text = f"{kind_name(node)} stays float: write it as torch.matmul or F.linear to quantize it"
+            editor.note(node, "R20", text, kind="opaque")
         if placement is not None and _computed_weight(node, placement):
             editor.note(node, "R35", "its weight is computed in the graph, so it stays float")
             placement = None
@@ -79,7 +82,15 @@ class Annotate(Pass):
             editor.annotate(node, edge.key, chosen)
         if placement is not None:
             _advise_half(editor, node)
+            _note_float(editor, node)
         return effective
+
+
+def _note_float(editor: Editor, node: fx.Node) -> None:
+    """Pass on why a recipe leaves a weighted operation float."""
+    reasons = [a.reason for a in edge_annotations(node).values() if a.rule == "recipe" and a.spec is None]
+    if reasons:
+        editor.note(node, "recipe", f"this {kind_name(node)} stays float: {reasons[0]}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from ..editor import Editor
-from ..graph import tensor_info
+from ..graph import TENSOR, tensor_info
 from ..ops import Spelling, bind, kind, spelling, split_args
 from ..passbase import Pass
 
@@ -19,14 +19,15 @@ __all__ = ["Canonicalize"]
 class Canonicalize(Pass):
     """Rewrite every known function and method call into its kind's canonical call.
 
-    Problem: ``x + y``, ``torch.add(x, y)``, ``x.add(y)`` and ``x += y`` are one operation; passes that list spellings
-    forget some.
+    Problem: ``x + y``, ``torch.add(x, y)``, ``x.add(y)`` and ``x += y`` are one operation; passes that list
+    spellings forget some.
 
-    Rewrite: the canonical function of :data:`fxq.ops.KINDS`, tensors by position, everything else by keyword with
-    defaults filled in, one number per spatial dimension.
+    Rewrite: the canonical function of :data:`fxq.ops.KINDS`, tensors by position, everything else by keyword
+    with defaults filled in, one number per spatial dimension.
 
-    Declines: calls with an argument that the canonical function lacks (``alpha=2``, ``out=``, a dtype); they stay as
-    they are, and no later pass takes them for something else. Arithmetic on Python numbers (sizes) is left alone.
+    Declines: calls with an argument that the canonical function lacks (``alpha=2``, ``out=``, a dtype); they
+    stay as they are, and no later pass takes them for something else. Arithmetic on Python numbers (sizes) is
+    left alone.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -40,13 +41,9 @@ class Canonicalize(Pass):
 
     @staticmethod
     def _rewrite(editor: Editor, node: fx.Node, spelled: Spelling) -> None:
-        if (
-            node.op == "call_function"
-            and tensor_info(node) is None
-            and not isinstance(node.meta.get("tensor"), tuple)
-        ):
-            if kind(node) is spelled.kind:
-                return
+        gives_tensors = tensor_info(node) is not None or isinstance(node.meta.get(TENSOR), tuple)
+        if not gives_tensors and kind(node) is spelled.kind:
+            return
         bound = bind(spelled, node.args, node.kwargs)
         if bound is None:
             return

@@ -29,8 +29,8 @@ class DropIdentities(Pass):
     (nothing is changed in place any more), a concatenation of one tensor, a flatten or permute that changes
     nothing; nodes left without a reader go too.
 
-    Declines: dropout with ``training=True``, which the user asked for, and a reshape or expand to the shape that
-    the example has already: another batch size may differ.
+    Declines: dropout with ``training=True``, which the user asked for, and a reshape or expand to the shape
+    that the example has already: another batch size may differ.
     """
 
     name: ClassVar[str] = "drop-identities"

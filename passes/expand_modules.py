@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..editor import Editor
-from ..graph import TENSOR, TensorInfo, attribute, tensor_info
+from ..graph import TENSOR, TensorInfo, attribute, origin, tensor_info
 from ..ops import IDENTITY_MODULES, KINDS, MODULES, ModuleSpelling, Spelling, bind, split_args
 from ..passbase import Pass
 
@@ -24,7 +24,8 @@ __all__ = ["ExpandModules"]
 class ExpandModules(Pass):
     """Write torch.nn modules as functional calls on their parameters.
 
-    Problem: a module hides its weight, and ``nn.Conv2d`` beside ``F.conv2d`` is two spellings of one operation.
+    Problem: a module hides its weight, and ``nn.Conv2d`` beside ``F.conv2d`` is two spellings of one
+    operation.
 
     Rewrite: ``conv1(x)`` becomes ``conv2d(x, conv1.weight, conv1.bias, …)``; the weight is an edge like any
     other. The node keeps its name and the parameters their paths, so ``state_dict`` keys stay the user's. A
@@ -32,8 +33,9 @@ class ExpandModules(Pass):
     torch.nn.utils computes (parametrizations, ``weight_norm`` and ``spectral_norm`` in both their forms) are
     taken at their value.
 
-    Declines, with a note: modules with hooks, whose effect the functional call would lose, and calls with more
-    than the input (a transposed convolution's ``output_size``). Modules without a spelling stay as they are.
+    Declines, with a note: modules with hooks, whose effect the functional call would lose, and calls with
+    more than the input (a transposed convolution's ``output_size``). Modules without a spelling stay as they
+    are.
     """
 
     name: ClassVar[str] = "expand-modules"
@@ -45,7 +47,7 @@ class ExpandModules(Pass):
                 continue
             module = attribute(editor.gm, str(node.target))
             kind = _unparametrized(module)
-            if kind not in MODULES and kind not in IDENTITY_MODULES:
+            if origin(node).leaf or (kind not in MODULES and kind not in IDENTITY_MODULES):
                 continue
             _settle_weights(module, kind)
             if _hooked(module):

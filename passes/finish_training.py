@@ -42,7 +42,7 @@ class FinishTraining(Pass):
                 quantizer.settle(constant(node.args[0]))
         for node in list(editor.graph.nodes):
             if is_dropout(node):
-                editor.replace(node, node.args[0])  # type: ignore[arg-type]
+                editor.replace(node, node.args[0])
                 editor.erase(node)
             elif (norm := _norm_of(node)) is not None:
                 if norm.folded:
@@ -64,7 +64,8 @@ def _fold(editor: Editor, node: fx.Node, norm: TrainedBatchNorm) -> None:
     layer = node.args[0]
     assert isinstance(layer, fx.Node)
     source, through, bias_call = layer.args[:3]
-    assert isinstance(through, fx.Node) and isinstance(bias_call, fx.Node)
+    assert isinstance(through, fx.Node)
+    assert isinstance(bias_call, fx.Node)
     weight_node, bias_node = through.args[0], bias_call.args[0]
     assert isinstance(weight_node, fx.Node)
     weight = constant(weight_node)
@@ -103,8 +104,6 @@ def _evaluate(editor: Editor, node: fx.Node, norm: TrainedBatchNorm) -> None:
     path = str(node.target)
     names = ("running_mean", "running_var", "weight", "bias")
     with editor.before(node):
-        held = [
-            None if getattr(norm, n) is None else editor.get_attr(f"{path}.{n}", like=node) for n in names
-        ]
+        held = [None if getattr(norm, n) is None else editor.get_attr(f"{path}.{n}", like=node) for n in names]
     options = {"training": False, "momentum": 0.0, "eps": norm.eps}
     editor.retarget(node, KINDS["batch_norm"].target, (node.args[0], *held), options)

@@ -32,15 +32,15 @@ class Functionalize(Pass):
     graph rewrite that moves or drops nodes would not know. fx's own dead-code elimination drops ``x.relu_()``
     outright.
 
-    Rewrite: which nodes write, and which tensors share memory, is known from the example run, not guessed from
-    names. A write becomes the same operation out of place, in the tensor's own dtype; its result is carried
-    back through views to the tensor that owns the memory (``reshape_as``, inverse permutation,
+    Rewrite: which nodes write, and which tensors share memory, is known from the example run, not guessed
+    from names. A write becomes the same operation out of place, in the tensor's own dtype; its result is
+    carried back through views to the tensor that owns the memory (``reshape_as``, inverse permutation,
     ``slice_scatter``), and a view that is read after the write is taken again from the new owner. In-place
     spellings that change no memory (``+=`` on a size, dropout in eval mode) become the plain spelling.
 
     Declines: nothing. A write that it cannot rewrite (through ``expand``, ``out=``, inside a leaf module, to
-    the model's own parameters and buffers) is a TraceError with the user's line. Inputs of the model that were
-    changed in place no longer are.
+    the model's own parameters and buffers) is a TraceError with the user's line. Inputs of the model that
+    were changed in place no longer are.
     """
 
     name: ClassVar[str] = "functionalize"
@@ -97,7 +97,8 @@ class _Memory:
         latest: The node that stands for a tensor, and the version that it stands for.
         original: A node that stands for a tensor, and that tensor's own node.
         reshaped: A tensor whose shape was changed in place, and the node that it has become.
-        tangled: An owner that shares memory with another in a way that nobody can follow, and the node at fault.
+        tangled: An owner that shares memory with another in a way that nobody can follow, and the node at
+            fault.
     """
 
     editor: Editor
@@ -146,7 +147,9 @@ class _Memory:
         return node not in self.base and isinstance(node.meta.get(TENSOR), tuple)
 
     def _define_item(self, node: fx.Node, made: fx.Node) -> None:
-        """Enter an item of a tuple whose items own their memory (``torch.max(x, 0)``): an owner, seen once."""
+        """Enter an item of a tuple whose items own their memory (``torch.max(x, 0)``): an owner, seen
+        once.
+        """
         mine = aliases(node).storages
         if any(user.target is not operator.getitem for user in made.users):
             self.tangled[node] = node
@@ -225,7 +228,9 @@ class _Memory:
             raise refuse(self.tangled[owner], "gives views of several tensors, and one is changed later")
 
     def _is_own_item(self, tensor: fx.Node, index: Any, value: Any) -> bool:
-        """Whether ``tensor[index] = value`` puts back a view that is there already, as ``x[0] += 1`` does last."""
+        """Whether ``tensor[index] = value`` puts back a view that is there already, as ``x[0] += 1`` does
+        last.
+        """
         if not isinstance(value, fx.Node):
             return False
         view = self.key(value)

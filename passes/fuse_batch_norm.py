@@ -25,14 +25,16 @@ FOLDABLE = frozenset(
 class FuseBatchNorm(Pass):
     """Fold BatchNorm into the Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear before it.
 
-    Problem: TensorRT folds BatchNorm itself and would derive other weight ranges than those that were calibrated (R22).
+    Problem: TensorRT folds BatchNorm itself and would derive other weight ranges than those that were
+    calibrated (R22).
 
-    Rewrite: ``batch_norm(conv(x, W, b), …)`` becomes ``conv(x, W', b')`` under the name of the BatchNorm, the last node
-    that it replaces, with the weight at its old path. A weight that other nodes read too stays, and the folded one
-    goes beside it.
+    Rewrite: ``batch_norm(conv(x, W, b), …)`` becomes ``conv(x, W', b')`` under the name of the BatchNorm, the
+    last node that it replaces, with the weight at its old path. A weight that other nodes read too stays, and
+    the folded one goes beside it.
 
-    Declines, with a note: the layer's result has other readers; running statistics are missing or BatchNorm is in
-    training mode; the weight is computed, not stored; a Linear layer whose features are not BatchNorm's channels.
+    Declines, with a note: the layer's result has other readers; running statistics are missing or BatchNorm
+    is in training mode; the weight is computed, not stored; a Linear layer whose features are not BatchNorm's
+    channels.
     """
 
     name: ClassVar[str] = "fuse-batch-norm"
@@ -78,9 +80,7 @@ class FuseBatchNorm(Pass):
         norm.meta[ORIGIN] = origin(layer)
         statistics_nodes = [a for a in old if isinstance(a, fx.Node)]
         editor.erase(layer)
-        editor.erase_dead(
-            [*statistics_nodes, *(n for n in (weight_node, bias_node) if isinstance(n, fx.Node))]
-        )
+        editor.erase_dead([*statistics_nodes, *(n for n in (weight_node, bias_node) if isinstance(n, fx.Node))])
 
 
 def store_folded(
@@ -91,7 +91,8 @@ def store_folded(
     new_weight: torch.Tensor,
     new_bias: torch.Tensor,
 ) -> tuple[fx.Node, fx.Node]:
-    """Nodes for a layer's folded weight and bias, stored where the old ones are, or beside those that others read.
+    """Nodes for a layer's folded weight and bias, stored where the old ones are, or beside those that others
+    read.
 
     Args:
         editor: Changes the graph.
@@ -111,7 +112,9 @@ def store_folded(
 
 
 def _store(editor: Editor, layer: fx.Node, node: fx.Node | None, path: str, value: torch.Tensor) -> fx.Node:
-    """A get_attr for a folded tensor: `node` itself with a new value, or a new one if others read the old value."""
+    """A get_attr for a folded tensor: `node` itself with a new value, or a new one if others read the old
+    value.
+    """
     parameter = nn.Parameter(value, requires_grad=False)
     if node is not None and len(node.users) == 1 and not _read_elsewhere(editor, node):
         editor.set_tensor(path, parameter)
@@ -141,5 +144,5 @@ def declined(norm: fx.Node, layer: fx.Node) -> str | None:
         return f"the weight of {layer.name} is computed, not stored"
     info = tensor_info(layer)
     if kind_name(layer) == "linear" and info is not None and len(info.shape) != 2:
-        return "a Linear layer with more than one row dimension has its features last, BatchNorm its channels second"
+        return "a Linear layer of more than two dimensions has its features last, BatchNorm its channels second"
     return None

@@ -20,6 +20,7 @@ from .annotate import SUMS, applied
 __all__ = ["ResidualAdd", "longest_ways", "sources"]
 
 Way = tuple[int, int]
+_AFFINE = frozenset(("add", "sub", "mul", "div"))
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class ResidualAdd(Pass):
     neither input quantized the kernel's result is float and the block leaves INT8; with both, Add separates
     from Conv. Tools that swap modules do not see the addition at all.
 
-    Rewrite: the edge that comes straight from a convolution that nobody else reads stays float. The other
-    one is the skip: it reads the tensor's own quantizer if the tensor has one (R24, R29), so the skip
-    travels in INT8; otherwise the tensor gets one (a downsample convolution's output, a sum of a
-    pre-activation block). Where both inputs are convolutions, the one on the longer way from their lowest
-    common ancestor is the block's last one; where the ways are equally long, the one that runs last takes
-    the addition along (R25).
+    Rewrite: the edge that comes straight from a convolution that nobody else reads (constants that scale or
+    shift its result are part of its kernel) stays float. The other one is the skip: it reads the tensor's
+    own quantizer if the tensor has one (R24, R29), so the skip travels in INT8; otherwise the tensor gets one
+    (a downsample convolution's output, a sum of a pre-activation block). Where both inputs are convolutions,
+    the one on the longer way from their lowest common ancestor is the block's last one; where the ways are
+    equally long, the one that runs last takes the addition along (R25).
 
     Declines, with a note. Under R23, additions that are residual: neither input comes straight from a
     convolution that nothing else reads; the convolution stays float; its output has a quantizer of its own.
@@ -125,16 +126,17 @@ def _skip(
     unfit = _unfit(first, second, origins)
     if unfit is not None:
         return unfit
-    fusible = [i for i, a in enumerate((first, second)) if _fuses(a, add, target)]
-    if not fusible:
+    ends = [_convolution(a, add, target) for a in (first, second)]
+    if ends == [None, None]:
         return _not_fusible(first, second, target, order)
-    conv = fusible[0]
-    if len(fusible) == 2:
+    conv = 0 if ends[0] is not None else 1
+    if None not in ends:
         ways = longest_ways(first, second, target, order)
         assert ways is not None
         longer = [(*way, order[node]) for way, node in zip(ways, (first, second), strict=True)]
         conv = longer.index(max(longer))
-    node = (first, second)[conv]
+    node = ends[conv]
+    assert node is not None
     edges = [a for key, a in edge_annotations(node).items() if key != "output"]
     if not edges or any(a.spec is None for a in edges):
         return _Declined("R23", f"its convolution {node} stays float")
@@ -164,8 +166,19 @@ def _unfit(first: fx.Node, second: fx.Node, origins: Mapping[fx.Node, int]) -> _
     return None
 
 
-def _fuses(node: fx.Node, add: fx.Node, target: Target) -> bool:
-    return kind_name(node) in target.residual.weighted and len(node.users) == 1 and add in node.users
+def _convolution(node: fx.Node, add: fx.Node, target: Target) -> fx.Node | None:
+    """The convolution that takes the addition along: `node`, or what is only scaled or shifted by constants to
+    `node` (R44), if nobody else reads any of it.
+    """
+    reader = add
+    while len(node.users) == 1 and reader in node.users:
+        if kind_name(node) in target.residual.weighted:
+            return node
+        moving = [a for a in node.args[:2] if isinstance(a, fx.Node) and constant(a) is None]
+        if kind_name(node) not in _AFFINE or len(moving) != 1:
+            return None
+        reader, node = node, moving[0]
+    return None
 
 
 def _not_fusible(first: fx.Node, second: fx.Node, target: Target, order: Mapping[fx.Node, int]) -> _Declined:

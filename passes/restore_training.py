@@ -75,7 +75,7 @@ def _fake_quantizers(editor: Editor, policy: ScalePolicy) -> None:
     device = next((p.device for p in editor.gm.parameters()), torch.device("cpu"))
     for path, node in nodes.items():
         source = quantizer_of(node)
-        info = tensor_info(node.args[0])  # type: ignore[arg-type]
+        info = tensor_info(node.args[0])
         assert source is not None
         chosen = policy.weights if source.weight else policy.activations
         if chosen == "pact" and (source.tie or source.tensor) not in relus:
@@ -147,11 +147,11 @@ def _restore_norm(editor: Editor, node: fx.Node, path: str) -> None:
         bias = editor.call_module(part, (bias,), like=node, name=f"{node.name}_bias")
         bias.meta.pop("tensor", None)
         layer = editor.call(
-            node.target,
+            node.target,  # type: ignore[arg-type]
             (source, weight, bias),
             node.kwargs,
             like=node,
-            name=f"{node.name}_{kind_name(node)}",  # type: ignore[arg-type]
+            name=f"{node.name}_{kind_name(node)}",
         )
     edges = edge_annotations(node)
     layer.meta[EDGES] = {edge: a for edge, a in edges.items() if edge != "output"}
@@ -162,9 +162,7 @@ def _restore_norm(editor: Editor, node: fx.Node, path: str) -> None:
 def _train_norm(editor: Editor, node: fx.Node) -> None:
     path = norm_path(node)
     if path is None:
-        editor.note(
-            node, RestoreTraining.name, "BatchNorm that is called as a function stays as in eval mode"
-        )
+        editor.note(node, RestoreTraining.name, "BatchNorm that is called as a function stays as in eval mode")
         return
     _norm_module(editor, path, folded=False)
     statistics = [a for a in node.args[1:5] if isinstance(a, fx.Node)]

@@ -121,9 +121,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 
 def _absorb(editor: Editor, norm: fx.Node, layer: fx.Node) -> None:
     if set_aside(norm).dropouts:
-        editor.note(
-            norm, SetAsideTraining.name, f"the dropout between {layer.name} and its BatchNorm is left out"
-        )
+        editor.note(norm, SetAsideTraining.name, f"the dropout between {layer.name} and its BatchNorm is left out")
     path, statistics = norm_path(norm), norm.args[1:5]
     weight = layer.args[1]
     assert isinstance(weight, fx.Node)

@@ -32,8 +32,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "triton_kernels",
     ),
     ("observers", "quantizer"),
-    ("editor", "graph", "ops", "patterns", "printer", "views"),
+    ("editor", "graph", "op_table", "ops", "patterns", "printer", "views"),
     (
+        "arguments",
         "batch_norm",
         "fake_quantizers",
         "match",

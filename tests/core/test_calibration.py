@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -475,3 +476,65 @@ def test_batches_move_to_the_model() -> None:
     for name, scale in scales(here).items():
         torch.testing.assert_close(scales(gm)[name].cpu(), scale, rtol=1e-3, atol=0)
     assert np.isfinite(float(gm(*(t.cuda() for t in data[0])).sum()))
+
+
+def test_auto_takes_the_least_error_of_all_methods() -> None:
+    x = torch.cat([torch.randn(2000, 3), 30 * torch.randn(4, 3)])
+    y = torch.rand(len(x), 4) + 0.5
+    gm = prepared("mse")
+    calibrate(gm, [(x, y)])
+    quantizer = quantizers(gm)["x"]
+
+    def error(method: str) -> float:
+        solve(gm, method)
+        quantizer.mode = Mode.QUANTIZE
+        try:
+            return float((quantizer(x) - x).square().sum())
+        finally:
+            quantizer.mode = Mode.OBSERVE
+
+    errors = {method: error(method) for method in ("max", "percentile", "entropy", "mse", "auto")}
+    assert errors["auto"] <= 1.001 * min(errors.values())
+    assert errors["max"] > 1.03 * errors["auto"]
+    assert re.fullmatch(r"auto \((mse|entropy|percentile|max)\)", solve(gm, "auto").rows[0].method)
+
+
+def test_auto_needs_histograms() -> None:
+    gm = prepared("max")
+    calibrate(gm, [batch()])
+    before = scales(gm)
+    with pytest.raises(CalibrationError, match="cannot answer the method 'auto'"):
+        solve(gm, "auto")
+    assert equal(scales(gm), before)
+
+
+def test_saturating_tensors_are_marked() -> None:
+    gm = prepared("mse")
+    x, y = batch(4000)
+    assert calibrate(gm, [(x, y)]).rows[0].marks == ()
+    assert calibrate(gm, [(x.clamp(-0.5, 0.5), y)]).rows[0].marks == ("saturating",)
+
+
+def test_dead_channels_are_marked() -> None:
+    gm = prepared()
+    data = [batch() for _ in range(3)]
+    for x, _ in data:
+        x[:, 1] = 0
+    assert calibrate(gm, data).rows[0].marks == ("1 dead channel",)
+    data[0][0][0, 1] = 1.0
+    assert calibrate(gm, data).rows[0].marks == ()
+
+
+def test_a_picture_shows_the_histogram_and_every_methods_end() -> None:
+    report = calibrate(prepared("mse"), [batch(4000)])
+    figure = report.plot("x")
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [label.split()[0] for label in labels] == ["max", "percentile", "entropy", "mse", "in"]
+    heights = axes.patches[0].get_data().values
+    assert heights.sum() == 12_000
+    assert "100% of 12000 values" in axes.get_title()
+    with pytest.raises(CalibrationError, match="no calibrated tensor is called 'z'"):
+        report.plot("z")
+    with pytest.raises(CalibrationError, match="has no histogram"):
+        calibrate(prepared("max"), [batch()]).plot("x")

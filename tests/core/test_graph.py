@@ -83,7 +83,7 @@ def test_stored_tensors(graph: fx.GraphModule) -> None:
 def test_users_behind_a_chain(graph: fx.GraphModule) -> None:
     found = chain_users(named(graph, "blocks_0_conv1"), lambda n: "bn" in n.name or "relu" in n.name)
     assert [n.name for n in found] == ["blocks_0_conv2"]
-    assert [n.name for n in chain_users(named(graph, "fc"), lambda n: False)] == ["output"]
+    assert [n.name for n in chain_users(named(graph, "fc"), lambda _: False)] == ["output"]
 
 
 def test_errors_name_the_place(graph: fx.GraphModule) -> None:

@@ -148,6 +148,8 @@ WRONG = {
     "no literal": ("p(scaled{factor=exit()})", r"exit\(\) is no option that text can hold"),
     "an attribute": ("p(scaled{factor=torch.e})", "torch.e is no option that text can hold"),
     "spread": ("p(scaled{**{}})", "pass scaled has no option None"),
+    "a part that is none": ("p(scaled{parts=(Part(c=1),)})", r"Part\(c=1\) cannot be made: "),
+    "a part spread": ("p(scaled{parts=(Part(**{}),)})", r"Part\(\*\*\{\}\) is no option that text can hold"),
     "by position": ("p(scaled{3})", "options are written name=value, not 3"),
 }
 

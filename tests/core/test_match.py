@@ -18,7 +18,9 @@ from fxq.editor import Editor
 from fxq.errors import PassError
 from fxq.graph import state
 from fxq.match import MAX_READERS, Constant, Match, OneOf, Op, Pattern, Var, explain, find, maybe
+from fxq.ops import kind_name
 from fxq.printer import format_graph
+from fxq.random_models import random_model
 from fxq.rewriting import RewritePass
 
 X = image(2, 4, 5, 5)
@@ -230,6 +232,40 @@ def test_two_matches_that_want_one_node() -> None:
     assert found(g, both) == []
     assert "tanh is read by" in explain(g, both)
     assert found(g, Pattern(Op(("relu", "sigmoid"), Op("tanh", shared=True)))) == [["relu"], ["sigmoid"]]
+
+
+def test_a_node_belongs_to_one_match() -> None:
+    x = Var("x")
+    pair = Pattern(Op("relu", x), Op("sigmoid", x))
+    g = graph(lambda _, x: torch.relu(x) + torch.sigmoid(x) + torch.relu(x))
+    result = find(g, pair)
+    assert [[n.name for n in m.nodes] for m in result.matches] == [["sigmoid", "relu_1"]]
+    assert [str(m.reason) for m in result.misses] == ["sigmoid belongs to the match at relu_1"]
+
+
+def chains_by_hand(g: fx.Graph) -> list[list[str]]:
+    """Convolution, BatchNorm if there, ReLU if there, as a plain loop from the convolution on finds them."""
+    chains = []
+    for first in g.nodes:
+        if kind_name(first) != "conv2d":
+            continue
+        chain = [first]
+        for link in ("batch_norm", "relu"):
+            (*others,) = chain[-1].users
+            if len(others) == 1 and kind_name(others[0]) == link:
+                chain.append(others[0])
+        chains.append(chain)
+    return [[n.name for n in chain] for chain in chains]
+
+
+def test_chains_of_random_graphs_are_those_that_a_loop_finds() -> None:
+    lengths = set()
+    for seed in range(40):
+        g = before("fuse-batch-norm", random_model(seed, 12), torch.randn(2, 4, 6, 6)).graph
+        chains = sorted(chains_by_hand(g))
+        assert sorted(found(g, CHAIN)) == chains
+        lengths |= set(map(len, chains))
+    assert lengths == {1, 2, 3}
 
 
 def test_a_check_that_declines_leaves_the_nodes_to_others() -> None:

@@ -112,12 +112,15 @@ class TestBind:
     def test_a_shape_from_another_tensor_is_whole(self) -> None:
         class Like(nn.Module):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return x.view(x.shape).view(x.size(0), -1).expand(x.size()[:1] + (3,))
+                return x.view(x.shape).view(x.size(0), -1).expand(x.size()[:1] + (3,))  # noqa: RUF005 (as users write it)
 
         gm = traced(Like(), image(2, 3))
         shapes = [self.full(n) for n in gm.graph.nodes if n.target in ("view", "expand")]
-        assert [[getattr(a, "name", a) for a in (s["shape"] if isinstance(s["shape"], tuple) else [s["shape"]])]
-                for s in shapes[:2] if s] == [["getattr_1"], ["size", -1]]  # fmt: skip
+        assert [
+            [getattr(a, "name", a) for a in (s["shape"] if isinstance(s["shape"], tuple) else [s["shape"]])]
+            for s in shapes[:2]
+            if s
+        ] == [["getattr_1"], ["size", -1]]
         assert shapes[2] is not None
         assert shapes[2]["size"].name == "add"
 

@@ -29,7 +29,9 @@ def drawn(dtype: QDType, *shape: int, seed: int = 0) -> Tensor:
     return x
 
 
-def gradient_by_hand(x: Tensor, scale: Tensor, grad: Tensor, dtype: QDType, kind: ScaleGradient) -> tuple[Tensor, Tensor]:
+def gradient_by_hand(
+    x: Tensor, scale: Tensor, grad: Tensor, dtype: QDType, kind: ScaleGradient
+) -> tuple[Tensor, Tensor]:
     """The gradients as the papers write them, element by element."""
     steps = x / scale
     rounded = steps.round()
@@ -40,9 +42,7 @@ def gradient_by_hand(x: Tensor, scale: Tensor, grad: Tensor, dtype: QDType, kind
 
 
 @given(st.sampled_from(NAMES), st.sampled_from(LAYOUTS), st.integers(0, 9), st.sampled_from((1 / 64, 0.02, 0.3, 1e-3)))
-def test_forward_is_quantize_and_dequantize(
-    name: str, layout: torch.memory_format, seed: int, scale: float
-) -> None:
+def test_forward_is_quantize_and_dequantize(name: str, layout: torch.memory_format, seed: int, scale: float) -> None:
     x = drawn(DTYPES[name], 2, 3, 8, 8, seed=seed).to(memory_format=layout)
     s = torch.tensor(scale)
     y = fake_quantize(x, s, ZERO, DTYPES[name])
@@ -63,7 +63,7 @@ def test_gradients_are_the_papers(name: str, kind: ScaleGradient, traced: bool) 
     dtype = DTYPES[name]
     x, grad = drawn(dtype, 4, 700).requires_grad_(), torch.randn(4, 700)
     scale = torch.tensor(1 / 64, requires_grad=True)
-    with mock.patch("torch.compiler.is_compiling", lambda: traced):
+    with mock.patch("torch.compiler.is_compiling", return_value=traced):
         y = fake_quantize(x, scale, ZERO, dtype, gradient=kind, gradient_scale=0.25)
     y.backward(grad)
     to_x, to_scale = gradient_by_hand(x.detach(), scale.detach(), grad, dtype, kind)
@@ -85,7 +85,7 @@ def test_a_folded_weight_is_quantized_as_folded_and_unfolded_again(
     gamma = torch.tensor([1.0, -0.7, 0.0, 2.0, 0.3, 1.1])
     fold = Fold(torch.rand(6) + 0.5, gamma, 1e-5, transposed=transposed)
     scale = torch.full((6,), 0.21).requires_grad_()
-    with mock.patch("torch.compiler.is_compiling", lambda: traced):
+    with mock.patch("torch.compiler.is_compiling", return_value=traced):
         y = fake_quantize_weight(weight, scale, dtype, axis, fold=fold, gradient=kind)
     y.backward(grad)
     factor = fold.factor(weight)
@@ -112,14 +112,17 @@ def test_what_an_optimizer_drove_below_zero_still_computes() -> None:
     y = fake_quantize(x, scale, ZERO, DTYPES["int8"], gradient=ScaleGradient.LSQ)
     y.sum().backward()
     assert y.isfinite().all()
-    assert scale.grad is not None and scale.grad.isfinite()
+    assert scale.grad is not None
+    assert scale.grad.isfinite()
 
 
 def test_half_precision_comes_out_in_half_precision() -> None:
     x = torch.randn(4, 50).bfloat16().requires_grad_()
     y = fake_quantize(x, torch.tensor(0.02), ZERO, DTYPES["int8"])
     y.float().sum().backward()
-    assert y.dtype is torch.bfloat16 and x.grad is not None and x.grad.dtype is torch.bfloat16
+    assert y.dtype is torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype is torch.bfloat16
     assert torch.equal(y, qdq.fake_quantize(x.detach(), torch.tensor(0.02), ZERO, None, "int8"))
 
 
@@ -129,4 +132,5 @@ def test_gradients_pass_by_autograds_own_check() -> None:
     scale = torch.tensor(1.0, requires_grad=True)
     fake_quantize(x, scale, ZERO, DTYPES["int8"], gradient=ScaleGradient.LSQ).sum().backward()
     assert torch.equal(x.grad, torch.zeros(3))  # type: ignore[arg-type]
-    assert scale.grad is not None and float(scale.grad) == 127 - 128 + 127
+    assert scale.grad is not None
+    assert float(scale.grad) == 127 - 128 + 127

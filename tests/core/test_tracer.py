@@ -1,4 +1,6 @@
-"""Tracing: every way to give inputs, where each node comes from, what stops it and where, and nothing that changes."""
+"""Tracing: every way to give inputs, where each node comes from, what stops it and where, and nothing that
+changes.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,11 @@ from toys import (
 )
 
 import fxq
+from fxq.arguments import example_arguments
 from fxq.errors import TraceError
 from fxq.graph import origin, state, tensor_info
 from fxq.passes import Canonicalize, DropIdentities, ExpandModules, Functionalize
-from fxq.tracer import _user_frame, example_arguments
+from fxq.tracer import _user_frame
 
 NORMALIZE = (Functionalize(), ExpandModules(), Canonicalize(), DropIdentities())
 
@@ -110,7 +113,7 @@ class TestInputs:
 
     def test_concrete_args(self) -> None:
         class Flagged(nn.Module):
-            def forward(self, x: Tensor, double: bool, y: Tensor | None = None) -> Tensor:  # noqa: FBT001
+            def forward(self, x: Tensor, double: bool, y: Tensor | None = None) -> Tensor:
                 if double:
                     x = x * 2
                 return x if y is None else x + y
@@ -118,11 +121,12 @@ class TestInputs:
         x, y = image(2), image(2, seed=1)
         gm = traced(Flagged(), x, options={"concrete_args": {"double": True}})
         torch.testing.assert_close(gm(x), x * 2)
-        gm = traced(Flagged(), x, False, y, options={"concrete_args": {"double": True}})
+        double = False  # concrete_args win over the example
+        gm = traced(Flagged(), x, double, y, options={"concrete_args": {"double": True}})
         torch.testing.assert_close(gm(x, y), x * 2 + y)
         assert len(state(gm).example_args) == 2
-        gm = traced(Flagged(), x, True, y, options={"concrete_args": {"y": None}})
-        torch.testing.assert_close(gm(x), x * 2)
+        gm = traced(Flagged(), x, double, y, options={"concrete_args": {"y": None}})
+        torch.testing.assert_close(gm(x), x)
         with pytest.raises(
             TraceError, match=r"concrete_args names dubble, which Flagged.forward does not take"
         ) as error:
@@ -214,7 +218,7 @@ class TestOrigins:
         name = "/tmp/ipykernel_7/1234.py"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         space: dict[str, Any] = {"nn": nn, "torch": torch, "__name__": "__main__"}
-        exec(compile(source, name, "exec"), space)  # noqa: S102
+        exec(compile(source, name, "exec"), space)
         try:
             gm = traced(space["Cell"](), image(2))
         finally:
@@ -307,7 +311,7 @@ class TestLeaves:
 
     def test_a_path_that_is_none(self) -> None:
         with pytest.raises(
-            TraceError, match="leaf_modules names 'iner.1', and the model has no such module"
+            TraceError, match=r"leaf_modules names 'iner\.1', and the model has no such module"
         ) as error:
             traced(Stop("inside"), image(2, 3), options={"leaf_modules": ["iner.1"]})
         assert "inner.1" in (error.value.hint or "")
@@ -367,8 +371,11 @@ class TestNothingChanges:
         assert state(twin) is state(gm)
         for a, b in zip(gm.graph.nodes, twin.graph.nodes, strict=True):
             assert (a.name, origin(a), a.meta.get("tensor"), a.meta.get("aliases")) == (
-                b.name, origin(b), b.meta.get("tensor"), b.meta.get("aliases"),
-            )  # fmt: skip
+                b.name,
+                origin(b),
+                b.meta.get("tensor"),
+                b.meta.get("aliases"),
+            )
         fxq_state = dataclasses.replace(state(twin), properties=frozenset())
         twin.meta["fxq"] = fxq_state
         assert state(gm).properties == {"traced"}
@@ -380,8 +387,8 @@ class TestUnusualModels:
     def test_hooks(self) -> None:
         model = seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU())))
         for module in (model, model[1], model[0]):
-            module.register_forward_hook(lambda m, args, out: out * 2)
-            module.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+            module.register_forward_hook(lambda _module, _args, out: out * 2)
+            module.register_forward_pre_hook(lambda _module, args: (args[0] + 1,))
         same(traced(model, image(2, 3)), model, image(2, 3))
         same(after(NORMALIZE, model, image(2, 3)), model, image(2, 3))
 
@@ -407,7 +414,7 @@ class TestUnusualModels:
     def test_a_model_that_cannot_be_copied(self) -> None:
         model = nn.Sequential(nn.ReLU())
         model.handle = (i for i in range(3))
-        with pytest.raises(TraceError, match="the model cannot be copied: cannot pickle 'generator' object"):
+        with pytest.raises(TraceError, match=r"the model cannot be copied: cannot pickle 'generator' object"):
             traced(model, image(2))
 
     def test_half(self) -> None:
@@ -444,7 +451,8 @@ class TestUnusualModels:
 
     def test_shapes_without_memory(self) -> None:
         """Only shapes are propagated: an input that no machine could hold is fine."""
-        gm = traced(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), torch.empty(1, 1).expand(4, 3).as_strided((4096, 3, 4096, 4096), (0, 0, 0, 0)))  # fmt: skip
+        huge = torch.empty(1).as_strided((4096, 3, 4096, 4096), (0, 0, 0, 0))
+        gm = traced(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), huge)
         info = tensor_info(next(n for n in gm.graph.nodes if n.op == "call_module"))
         assert info is not None
         assert info.shape == (4096, 8, 4096, 4096)
@@ -462,7 +470,7 @@ def test_the_trace_does_not_depend_on_who_calls() -> None:
     """Frames outside the traced model are nobody's origin."""
     module = types.ModuleType("elsewhere")
     module.__dict__["traced"] = traced
-    exec("def call(model, x):\n    return traced(model, x)\n", module.__dict__)  # noqa: S102
+    exec("def call(model, x):\n    return traced(model, x)\n", module.__dict__)
     gm = module.call(LeNet().eval(), image(1, 1, 28, 28))
     assert {
         Path((origin(n).source or "").rpartition(":")[0]).name for n in gm.graph.nodes if origin(n).source

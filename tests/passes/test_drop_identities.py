@@ -1,5 +1,7 @@
 """Drop identities: what repeats its input goes, what only looks like it stays."""
 
+# ruff: noqa: FBT003 (the tables hold calls as users write them)
+
 from __future__ import annotations
 
 import operator
@@ -34,7 +36,7 @@ def dropped(call: Callable[..., Any], *shape: int, **parts: nn.Module) -> list[s
 GONE: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
     "dropout of nothing": lambda x: F.dropout(x, 0.0),
-    "dropout in place": lambda x: F.dropout2d(x, 0.5, False, True),  # noqa: FBT003
+    "dropout in place": lambda x: F.dropout2d(x, 0.5, False, True),
     "alpha dropout": lambda x: F.alpha_dropout(x, 0.5),
     "feature alpha dropout": lambda x: F.feature_alpha_dropout(x, 0.5),
     "contiguous": lambda x: x.contiguous(),

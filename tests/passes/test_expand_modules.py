@@ -1,4 +1,6 @@
-"""Expand modules: each torch.nn module that fxq knows becomes its functional call, with the same result to the bit."""
+"""Expand modules: each torch.nn module that fxq knows becomes its functional call, with the same result to
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def expanded(model: nn.Module, *inputs: Tensor, golden: str | None = None) -> fx
     """The graph after the pass: no known module is left, numbers are equal to the bit."""
     result = check_pass(ExpandModules(), after(BEFORE, model, *inputs), golden)
     gm = result.graph_module
-    assert not any(type(gm.get_submodule(str(n.target))) in MODULES for n in gm.graph.nodes if n.op == "call_module")
+    assert not any(
+        type(gm.get_submodule(str(n.target))) in MODULES for n in gm.graph.nodes if n.op == "call_module"
+    )
     same(gm, model, *inputs)
     return gm
 
@@ -41,10 +45,18 @@ BY_RANK = {1: SEQUENCES, 2: IMAGES, 3: VOLUMES}
 Build = Callable[[], nn.Module]
 CASES: dict[type[nn.Module], tuple[Tensor, tuple[Build, ...]]] = {
     nn.Linear: (ROWS, (lambda: nn.Linear(4, 3), lambda: nn.Linear(4, 3, bias=False))),
-    nn.Embedding: (torch.tensor([0, 2]), (lambda: nn.Embedding(3, 4), lambda: nn.Embedding(3, 4, padding_idx=1))),
-    nn.LayerNorm: (IMAGES, (
-        lambda: nn.LayerNorm((6, 6)), lambda: nn.LayerNorm(6, 0.1, elementwise_affine=False), lambda: nn.LayerNorm(6, bias=False),
-    )),
+    nn.Embedding: (
+        torch.tensor([0, 2]),
+        (lambda: nn.Embedding(3, 4), lambda: nn.Embedding(3, 4, padding_idx=1)),
+    ),
+    nn.LayerNorm: (
+        IMAGES,
+        (
+            lambda: nn.LayerNorm((6, 6)),
+            lambda: nn.LayerNorm(6, 0.1, elementwise_affine=False),
+            lambda: nn.LayerNorm(6, bias=False),
+        ),
+    ),
     nn.GroupNorm: (IMAGES, (lambda: nn.GroupNorm(2, 4), lambda: nn.GroupNorm(4, 4, 0.1, affine=False))),
     nn.ReLU: (ROWS, (nn.ReLU, lambda: nn.ReLU(inplace=True))),
     nn.ReLU6: (ROWS * 9, (nn.ReLU6,)),
@@ -68,48 +80,109 @@ CASES: dict[type[nn.Module], tuple[Tensor, tuple[Build, ...]]] = {
     nn.PixelShuffle: (IMAGES, (lambda: nn.PixelShuffle(2),)),
     nn.PixelUnshuffle: (IMAGES, (lambda: nn.PixelUnshuffle(3),)),
     nn.ChannelShuffle: (IMAGES, (lambda: nn.ChannelShuffle(2),)),
-    nn.Upsample: (IMAGES, (
-        lambda: nn.Upsample(9), lambda: nn.Upsample(scale_factor=(2, 1.5), mode="bilinear", align_corners=True),
-    )),
+    nn.Upsample: (
+        IMAGES,
+        (
+            lambda: nn.Upsample(9),
+            lambda: nn.Upsample(scale_factor=(2, 1.5), mode="bilinear", align_corners=True),
+        ),
+    ),
     nn.UpsamplingNearest2d: (IMAGES, (lambda: nn.UpsamplingNearest2d(scale_factor=2),)),
     nn.UpsamplingBilinear2d: (IMAGES, (lambda: nn.UpsamplingBilinear2d((9, 8)),)),
     nn.Dropout: (ROWS, (lambda: nn.Dropout(0.3), lambda: nn.Dropout(inplace=True))),
     nn.AlphaDropout: (ROWS, (nn.AlphaDropout,)),
-    **{getattr(nn, f"Conv{n}d"): (BY_RANK[n], tuple(
-        lambda n=n, k=k: getattr(nn, f"Conv{n}d")(4, 6, 3, **k) for k in (
-            {}, {"bias": False, "groups": 2, "stride": 2, "padding": 1}, {"padding": "same", "dilation": 2},
-            *({"padding": 1, "padding_mode": m} for m in ("reflect", "replicate", "circular")),
-            {"padding": "same", "padding_mode": "circular"},
+    **{
+        getattr(nn, f"Conv{n}d"): (
+            BY_RANK[n],
+            tuple(
+                lambda n=n, k=k: getattr(nn, f"Conv{n}d")(4, 6, 3, **k)
+                for k in (
+                    {},
+                    {"bias": False, "groups": 2, "stride": 2, "padding": 1},
+                    {"padding": "same", "dilation": 2},
+                    *({"padding": 1, "padding_mode": m} for m in ("reflect", "replicate", "circular")),
+                    {"padding": "same", "padding_mode": "circular"},
+                )
+            ),
         )
-    )) for n in (1, 2, 3)},
-    **{getattr(nn, f"ConvTranspose{n}d"): (BY_RANK[n], tuple(
-        lambda n=n, k=k: getattr(nn, f"ConvTranspose{n}d")(4, 6, 3, **k) for k in (
-            {}, {"bias": False, "groups": 2, "stride": 2, "padding": 1, "output_padding": 1}, {"dilation": 2},
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"ConvTranspose{n}d"): (
+            BY_RANK[n],
+            tuple(
+                lambda n=n, k=k: getattr(nn, f"ConvTranspose{n}d")(4, 6, 3, **k)
+                for k in (
+                    {},
+                    {"bias": False, "groups": 2, "stride": 2, "padding": 1, "output_padding": 1},
+                    {"dilation": 2},
+                )
+            ),
         )
-    )) for n in (1, 2, 3)},
-    **{getattr(nn, f"BatchNorm{n}d"): (BY_RANK[n], tuple(
-        lambda n=n, k=k: getattr(nn, f"BatchNorm{n}d")(4, **k) for k in (
-            {}, {"affine": False, "eps": 0.1}, {"track_running_stats": False}, {"momentum": None},
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"BatchNorm{n}d"): (
+            BY_RANK[n],
+            tuple(
+                lambda n=n, k=k: getattr(nn, f"BatchNorm{n}d")(4, **k)
+                for k in (
+                    {},
+                    {"affine": False, "eps": 0.1},
+                    {"track_running_stats": False},
+                    {"momentum": None},
+                )
+            ),
         )
-    )) for n in (1, 2, 3)},
-    **{getattr(nn, f"MaxPool{n}d"): (BY_RANK[n], tuple(
-        lambda n=n, k=k: getattr(nn, f"MaxPool{n}d")(3, **k) for k in (
-            {}, {"stride": 1, "padding": 1, "ceil_mode": True}, {"dilation": 1, "return_indices": True},
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"MaxPool{n}d"): (
+            BY_RANK[n],
+            tuple(
+                lambda n=n, k=k: getattr(nn, f"MaxPool{n}d")(3, **k)
+                for k in (
+                    {},
+                    {"stride": 1, "padding": 1, "ceil_mode": True},
+                    {"dilation": 1, "return_indices": True},
+                )
+            ),
         )
-    )) for n in (1, 2, 3)},
-    **{getattr(nn, f"AvgPool{n}d"): (BY_RANK[n], tuple(
-        lambda n=n, k=k: getattr(nn, f"AvgPool{n}d")(2, **k) for k in (
-            {}, {"stride": 1, "padding": 1, "ceil_mode": True, "count_include_pad": False},
-            *([{"divisor_override": 3}] if n > 1 else []),
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"AvgPool{n}d"): (
+            BY_RANK[n],
+            tuple(
+                lambda n=n, k=k: getattr(nn, f"AvgPool{n}d")(2, **k)
+                for k in (
+                    {},
+                    {"stride": 1, "padding": 1, "ceil_mode": True, "count_include_pad": False},
+                    *([{"divisor_override": 3}] if n > 1 else []),
+                )
+            ),
         )
-    )) for n in (1, 2, 3)},
-    **{getattr(nn, f"AdaptiveAvgPool{n}d"): (BY_RANK[n], (lambda n=n: getattr(nn, f"AdaptiveAvgPool{n}d")(2),)) for n in (1, 2, 3)},
-    **{getattr(nn, f"AdaptiveMaxPool{n}d"): (BY_RANK[n], (
-        lambda n=n: getattr(nn, f"AdaptiveMaxPool{n}d")(2),
-        lambda n=n: getattr(nn, f"AdaptiveMaxPool{n}d")(2, return_indices=True),
-    )) for n in (1, 2, 3)},
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"AdaptiveAvgPool{n}d"): (
+            BY_RANK[n],
+            (lambda n=n: getattr(nn, f"AdaptiveAvgPool{n}d")(2),),
+        )
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"AdaptiveMaxPool{n}d"): (
+            BY_RANK[n],
+            (
+                lambda n=n: getattr(nn, f"AdaptiveMaxPool{n}d")(2),
+                lambda n=n: getattr(nn, f"AdaptiveMaxPool{n}d")(2, return_indices=True),
+            ),
+        )
+        for n in (1, 2, 3)
+    },
     **{getattr(nn, f"Dropout{n}d"): (BY_RANK[n], (getattr(nn, f"Dropout{n}d"),)) for n in (1, 2, 3)},
-}  # fmt: skip
+}
 
 
 def test_every_module_has_a_case() -> None:
@@ -166,7 +239,12 @@ def test_a_module_called_twice_is_two_nodes_on_one_weight() -> None:
 
 
 def test_input_by_name() -> None:
-    expanded(seeded(lambda: Lambda(lambda m, x: m.same(input=m.fc(input=x)), fc=nn.Linear(4, 4), same=nn.Identity())), ROWS)
+    expanded(
+        seeded(
+            lambda: Lambda(lambda m, x: m.same(input=m.fc(input=x)), fc=nn.Linear(4, 4), same=nn.Identity())
+        ),
+        ROWS,
+    )
 
 
 def test_subclasses_are_not_taken_for_their_base() -> None:
@@ -226,11 +304,11 @@ def test_computed_weights_are_taken_at_their_value(name: str) -> None:
     assert not ExpandModules()(gm).modified
 
 
-def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def double(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output * 2
 
 
-def negate(module: nn.Module, args: Any) -> Any:
+def negate(_module: nn.Module, args: Any) -> Any:
     return (-args[0],)
 
 

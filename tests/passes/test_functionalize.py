@@ -1,5 +1,7 @@
 """Functionalize: whatever a program does in place, the graph computes the same and changes nothing."""
 
+# ruff: noqa: ARG005, FBT003 (the tables hold calls as users write them, of one signature each)
+
 from __future__ import annotations
 
 import copy
@@ -79,7 +81,9 @@ def same(gm: fx.GraphModule, model: nn.Module, *inputs: Tensor) -> None:
 
 
 def functional(model: nn.Module, *inputs: Tensor, golden: str | None = None) -> fx.GraphModule:
-    """The functionalized graph: equal to the model, without a trace of in-place work; normalized, it stays equal."""
+    """The functionalized graph: equal to the model, without a trace of in-place work; normalized, it stays
+    equal.
+    """
     model.eval()
     gm = traced(model, *[x.clone() for x in inputs])
     if any(getattr(module, "inplace", False) for module in gm.modules()):  # the text does not tell
@@ -123,8 +127,8 @@ def shared_module(m: nn.Module, x: Tensor) -> Tensor:
 
 def positional(x: Tensor) -> Tensor:
     y = x - 0.5
-    F.relu(y, True)  # noqa: FBT003
-    F.hardtanh(y, 0.0, 0.5, True)  # noqa: FBT003
+    F.relu(y, True)
+    F.hardtanh(y, 0.0, 0.5, True)
     return y
 
 
@@ -236,7 +240,7 @@ def through_data(x: Tensor) -> Any:
     y = x * 2
     y.data += 1
     y.detach().mul_(2)
-    z = y.requires_grad_(False)  # noqa: FBT003
+    z = y.requires_grad_(False)
     z.relu_()
     return y
 
@@ -244,10 +248,22 @@ def through_data(x: Tensor) -> Any:
 PROGRAMS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        unused_relu, on_the_input, augmented, positional, keyword_input, chained, result_then_write, views_of_views,
-        part_of_split, of_a_made_tuple, mixed_dtypes, filled, reshaped_in_place, size_arithmetic,
+        unused_relu,
+        on_the_input,
+        augmented,
+        positional,
+        keyword_input,
+        chained,
+        result_then_write,
+        views_of_views,
+        part_of_split,
+        of_a_made_tuple,
+        mixed_dtypes,
+        filled,
+        reshaped_in_place,
+        size_arithmetic,
     )
-}  # fmt: skip
+}
 X = (2, 3, 4)
 
 
@@ -275,7 +291,7 @@ def test_attributes_of_tensors() -> None:
     def program(x: Tensor) -> Tensor:
         y = x * 2
         y.detach().mul_(2)
-        z = y.requires_grad_(False)  # noqa: FBT003
+        z = y.requires_grad_(False)
         z.relu_()
         t = y.mT
         t.add_(1)
@@ -347,7 +363,9 @@ ASSIGNMENTS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "int by a tensor": lambda y, v: operator.setitem(y, -1, v[0]),
     "slice": lambda y, v: operator.setitem(y, slice(1, None), v[:1]),
     "broadcast": lambda y, v: operator.setitem(y, (slice(None), 1), v[0, 0]),
-    "a leading 1": lambda y, v: operator.setitem(y, (0, 0), v[:1, :1, 0].expand(1, 1)[..., None].expand(1, 1, 4)),
+    "a leading 1": lambda y, v: operator.setitem(
+        y, (0, 0), v[:1, :1, 0].expand(1, 1)[..., None].expand(1, 1, 4)
+    ),
     "another dtype": lambda y, v: operator.setitem(y, (..., 0), (v * 9).to(torch.int64)[..., 0]),
     "everything": lambda y, v: operator.setitem(y, slice(None), v),
     "everything by a number": lambda y, v: operator.setitem(y, Ellipsis, 2),
@@ -375,7 +393,7 @@ ASSIGNMENTS: dict[str, Callable[[Tensor, Tensor], None]] = {
         y, torch.tensor([1]), operator.iadd(y[torch.tensor([1])], 3)
     ),
     "its own other half": lambda y, v: operator.setitem(y, (slice(None), slice(0, 1)), y[:, 1:2]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ASSIGNMENTS)
@@ -547,8 +565,8 @@ def test_a_graph_without_writes_is_not_modified() -> None:
     assert not check_pass(Functionalize(), gm).modified
 
 
-# Random programs. Each step picks a tensor of the pool and what to do with it by numbers; a first, eager run turns
-# these into calls with fixed arguments, which are then traced.
+# Random programs. Each step picks a tensor of the pool and what to do with it by numbers; a first, eager run
+# turns these into calls with fixed arguments, which are then traced.
 
 
 def view_step(x: Tensor, a: int, b: int) -> Callable[[Tensor], Tensor] | None:
@@ -617,8 +635,8 @@ def resolve(shape: tuple[int, ...], steps: list[tuple[bool, int, int, int, int]]
     """The program that these numbers mean; steps that PyTorch itself refuses are left out."""
     pool = [image(*shape) * 2]
     program: list[tuple[bool, int, int, Any]] = []
-    for write, i, j, a, b in steps:
-        i, j = i % len(pool), j % len(pool)
+    for write, first, second, a, b in steps:
+        i, j = first % len(pool), second % len(pool)
         try:
             if write:
                 step: Any = write_step(pool[i], a, b)
@@ -651,11 +669,11 @@ STEPS = st.lists(st.tuples(st.booleans(), *[st.integers(0, 11)] * 4), min_size=1
 def test_random_programs(shape: tuple[int, ...], steps: list[tuple[bool, int, int, int, int]]) -> None:
     model = Program(resolve(shape, steps))
     x = image(*shape)
-    gm = traced(model, x)
     try:
-        gm = Functionalize()(gm).graph_module
+        gm = after((Functionalize(),), model, x)
     except TraceError as error:
-        assert "through expand" in str(error)  # the only view here whose memory cannot be put back
+        if "through expand" not in error.message:  # the only view here whose memory cannot be put back
+            raise
         return
     same(gm, model, x)
     same(after(NORMALIZE, model, x), model, x)

@@ -1,7 +1,7 @@
 """Small models that several tests share, and the steps between a model and the graph a pass starts from.
 
-Every model is deterministic (:func:`seeded`), in eval mode, and has BatchNorm statistics that differ from 0 and 1, so
-that a fold which forgets one of them shows.
+Every model is deterministic (:func:`seeded`), in eval mode, and has BatchNorm statistics that differ from 0
+and 1, so that a fold which forgets one of them shows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxq.arguments import example_arguments
 from fxq.graph import state
 from fxq.manager import PassManager, Pipeline
 from fxq.passbase import Pass
 from fxq.recipe import Recipe
 from fxq.target import Target
-from fxq.tracer import example_arguments, trace_model
+from fxq.tracer import trace_model
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
@@ -69,7 +70,9 @@ def after(
 
 
 def plain_state(gm: fx.GraphModule, *properties: str) -> fx.GraphModule:
-    """A copy of `gm` whose state claims `properties` too: to hand a pass a graph that no pipeline would make."""
+    """A copy of `gm` whose state claims `properties` too: to hand a pass a graph that no pipeline would
+    make.
+    """
     gm = copy.deepcopy(gm)
     held = state(gm)
     gm.meta["fxq"] = dataclasses.replace(held, properties=held.properties | set(properties))
@@ -77,7 +80,9 @@ def plain_state(gm: fx.GraphModule, *properties: str) -> fx.GraphModule:
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, BatchNorm and optionally ReLU, under torchvision's names ``0``, ``1``, ``2``."""
+    """Convolution without bias, BatchNorm and optionally ReLU, under torchvision's names ``0``, ``1``,
+    ``2``.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, *, relu: bool = False
@@ -87,7 +92,9 @@ class ConvNorm(nn.Sequential):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's basic block as torchvision writes it; ``stride=2`` or other channels give it a downsample branch."""
+    """ResNet's basic block as torchvision writes it; ``stride=2`` or other channels give it a downsample
+    branch.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -157,7 +164,9 @@ def bottleneck_net() -> nn.Module:
 
 
 class PreActivationBlock(nn.Module):
-    """Pre-activation block whose ReLU works in place on the tensor that is also the skip: the skip sees it too."""
+    """Pre-activation block whose ReLU works in place on the tensor that is also the skip: the skip sees it
+    too.
+    """
 
     def __init__(self, channels: int, *, norm: bool = False) -> None:
         super().__init__()
