@@ -128,7 +128,7 @@ def output_names(gm: fx.GraphModule, wanted: Sequence[str] | None, inputs: Seque
 
 
 def _parts(keys: Sequence[Any], leaf: fx.Node) -> list[Sequence[Any]]:
-    """The paths of the tensors that an output node gives: one, or a namedtuple's fields, which fx calls as a function."""
+    """The paths of the tensors that an output node gives: its own, or a namedtuple's fields, which fx makes by a call."""
     fields = getattr(leaf.target, "_fields", None) if leaf.op == "call_function" else None
     return [keys] if fields is None else [(*keys, pytree.MappingKey(field)) for field in fields]
 

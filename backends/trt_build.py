@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import BuildError, MissingDependencyError
-from .files import write_whole
 from ..optional import require
+from .files import write_whole
 from .trt_callbacks import BuildLog, capturing, progress_monitor, tensorrt_logger
 from .trt_engine import Engine, inspect_engine
 from .trt_kernels import kernels_from_log

@@ -139,6 +139,22 @@ class FakeQuantizer(Quantizer):
             self.scale = scale
 
     @property
+    def mode(self) -> Mode:
+        """What it does with a tensor."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        self._mode = value
+        self._find_steady()
+
+    def _find_steady(self) -> None:
+        """Keep in mind whether training does nothing but quantize over a scale that is known and does not move."""
+        mine = self.__dict__
+        fixed = mine.get("policy") == "fixed" and mine.get("_fast", False)
+        self._steady = bool(fixed and mine.get("_known", False) and self._mode is Mode.QUANTIZE)
+
+    @property
     def learns(self) -> bool:
         """Whether the scale is a parameter."""
         return self.policy in _GRADIENTS
@@ -183,6 +199,7 @@ class FakeQuantizer(Quantizer):
                 self._buffers["scale"] = first._buffers["scale"]
             self._buffers["zero_point"] = first._buffers["zero_point"]
             self._known = first._known
+            self._find_steady()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -199,6 +216,7 @@ class FakeQuantizer(Quantizer):
                 state_dict[prefix + name] = torch.full_like(getattr(self, name).detach(), unknown)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._known = not bool(self.scale.isnan().any())
+        self._find_steady()
         for member in self._members:
             member._take_shared()
 
@@ -210,6 +228,8 @@ class FakeQuantizer(Quantizer):
         Raises:
             CalibrationError: The scale is unknown and its policy does not find one by itself, or x cannot be observed.
         """
+        if self._steady and self.training:
+            return self._forward_steady(x, self._folded)
         if self._folded is not None:
             return self._forward_folded(x, self._folded)
         self._follow(x)
@@ -218,6 +238,16 @@ class FakeQuantizer(Quantizer):
         if self.mode is Mode.OBSERVE and self.observer is not None:
             self.observer.collect(x)
         return x
+
+    def _forward_steady(self, x: Tensor, folded: FoldedInto | None) -> Tensor:
+        """A fixed scale in training, which wants no more of Python, and of torch.compile's guards, than it needs."""
+        if folded is not None:
+            if not folded.norm.batch_statistics:
+                return self._forward_folded(x, folded)
+            return straight_through.fake_quantize_weight(x, self.scale, self._dtype, self.axis, fold=folded.fold())
+        if self.axis is None:
+            return straight_through.fake_quantize(x, self.scale, self.zero_point, self._dtype)
+        return straight_through.fake_quantize_weight(x, self.scale, self._dtype, self.axis)
 
     def _forward_folded(self, weight: Tensor, folded: FoldedInto) -> Tensor:
         fold = folded.fold()
@@ -325,7 +355,9 @@ class FakeQuantizer(Quantizer):
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
         for member in self._members:
-            member._known = True
+            if not member._known:
+                member._known = True
+                member._find_steady()
 
     @torch.no_grad()
     def _refresh(self, x: Tensor) -> None:

@@ -202,7 +202,7 @@ def prepare_qat(
     return gm.train()
 
 
-def calibrate(  # noqa: PLR0913 - all but two are options by name
+def calibrate(
     prepared: fx.GraphModule,
     batches: Iterable[Any] | torch.Tensor | None,
     *,
@@ -397,7 +397,7 @@ def export(
         if info is not None and info.dtype is not torch.float32:
             raise error_at(
                 ExportError,
-                f"the graph computes in {str(info.dtype).removeprefix('torch.')}, and Q/DQ files are written in float32",
+                f"the graph computes in {str(info.dtype).removeprefix('torch.')}; Q/DQ files are written in float32",
                 node,
                 "prepare model.float() instead",
             )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fxq.optional import require
 from fxq.errors import MissingDependencyError
+from fxq.optional import require
 
 
 def test_what_is_there_is_imported() -> None:

@@ -348,3 +348,12 @@ def test_half_of_the_running_statistics() -> None:
     norm.running_var = None  # type: ignore[assignment]
     (note,) = check_pass(ExpandModules(), gm).notes
     assert note.text == "BatchNorm has one running statistic and lacks the other"
+
+
+def test_a_leaf_that_the_user_asked_for_stays_whole() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    gm = traced(model, ROWS, options={"leaf_modules": ["2", nn.ReLU]})
+    result = check_pass(ExpandModules(), Functionalize()(gm).graph_module)
+    kinds = [kind_name(n) for n in result.graph_module.graph.nodes if n.op.startswith("call")]
+    assert kinds == ["linear", "ReLU", "Linear"]
+    same(result.graph_module, model, ROWS)
