@@ -172,10 +172,7 @@ def _capture_error(source: Source, error: Exception) -> ExportError:
     if any(source.dims) and "Constraints violated" in str(error):
         names = ", ".join(sorted({dim.__name__ for dims in source.dims for dim in dims.values()}))
         message = f"the graph cannot be exported with dynamic {names}: " + " ".join(fixed or [str(error)])
-        hint = (
-            "compute with the input's own size there (x.shape[0]), or export static shapes with "
-            "dynamic_shapes=None"
-        )
+        hint = "compute with the input's own size there (x.shape[0]), or export static shapes with dynamic_shapes=None"
     else:
         message = f"torch.export stopped with {type(error).__name__}: {_first_line(error)}"
         hint = "check that the graph runs on the example inputs"

@@ -98,9 +98,7 @@ def thin_products(graph: OnnxGraph) -> Iterator[Finding]:
         if 1 in (m, n):
             yield node.finding("R37", "advice", f"a matrix product with one row or column: {sizes}")
         elif min(n or FEW, k or FEW) < FEW:
-            yield node.finding(
-                "R37", "advice", f"a matrix product with fewer than {FEW} along N or K: {sizes}"
-            )
+            yield node.finding("R37", "advice", f"a matrix product with fewer than {FEW} along N or K: {sizes}")
 
 
 def _product(graph: OnnxGraph, node: Node) -> tuple[int | None, int | None, int | None]:

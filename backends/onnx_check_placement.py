@@ -139,9 +139,7 @@ def _difference(first: Quant, second: Quant) -> str:
     """How two quantizers differ, for messages."""
     if first.dtype != second.dtype:
         return f"{first.dtype} and {second.dtype}"
-    if (
-        first.scale_text == second.scale_text
-    ):  # they differ in digits that are not shown, or channel by channel
+    if first.scale_text == second.scale_text:  # they differ in digits that are not shown, or channel by channel
         return f"{first.scale_text}, and others nearly equal" if first.axis is None else "different scales"
     return f"{first.scale_text} and {second.scale_text}"
 
@@ -165,9 +163,7 @@ def residual_edges(graph: OnnxGraph) -> Iterator[Finding]:
             message = f"the convolution's edge {edge} is quantized instead of the skip"
             yield add.finding("R23", "warning", message)
         elif convs and not skip and residual.decided and residual.other_conv is not None:
-            message = (
-                f"{edge} is quantized, at the end of the longer way; the skip is {residual.other_conv.name}'s"
-            )
+            message = f"{edge} is quantized, at the end of the longer way; the skip is {residual.other_conv.name}'s"
             yield add.finding("R25", "advice", message)
 
 

@@ -77,9 +77,7 @@ def _is_plain(tensor: gs.Tensor) -> bool:
     import numpy as np
 
     # graphsurgeon gives an ONNX type number where numpy has no type, and ml_dtypes' types have kind "V".
-    return tensor.dtype is None or (
-        not isinstance(tensor.dtype, int) and np.dtype(tensor.dtype).kind in "biufcSU"
-    )
+    return tensor.dtype is None or (not isinstance(tensor.dtype, int) and np.dtype(tensor.dtype).kind in "biufcSU")
 
 
 def merge_constants(graph: gs.Graph) -> int:

@@ -76,9 +76,7 @@ def _spelled_out(
         raise ExportError(f"dynamic_shapes={shapes!r} is not understood", hint=f"use {_ALLOWED}")
     unknown = sorted(set(shapes) - set(names))
     if unknown:
-        raise ExportError(
-            f"dynamic_shapes names {unknown}, which are no inputs", hint=f"inputs: {', '.join(names)}"
-        )
+        raise ExportError(f"dynamic_shapes names {unknown}, which are no inputs", hint=f"inputs: {', '.join(names)}")
     return shapes
 
 
@@ -94,16 +92,12 @@ def _dim(label: str, name: str, size: int, spec: Any) -> Any:
     elif isinstance(spec, tuple | list) and len(spec) == 2 and all(isinstance(bound, int) for bound in spec):
         low, high = max(spec[0], 1), spec[1]
     else:
-        raise ExportError(
-            f"{spec!r} is no dimension of input {name!r}", hint=f"use {_ALLOWED}; names are identifiers"
-        )
+        raise ExportError(f"{spec!r} is no dimension of input {name!r}", hint=f"use {_ALLOWED}; names are identifiers")
     if high is not None and not (low <= size <= high and high > 1):
         raise ExportError(
             f"input {name!r} has size {size} along {label!r}, outside {spec}",
             hint="choose a range of more than one size that holds the example's, or leave the dimension out",
         )
     if size == 0:
-        raise ExportError(
-            f"input {name!r} is empty along {label!r}", hint="give an example with at least one element"
-        )
+        raise ExportError(f"input {name!r} is empty along {label!r}", hint="give an example with at least one element")
     return Dim(label, min=low, max=high)

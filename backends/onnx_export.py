@@ -74,9 +74,7 @@ def export_onnx(
             fault where that can be found, and the next step.
     """
     if not isinstance(gm, fx.GraphModule):
-        raise ExportError(
-            f"cannot export a {type(gm).__name__}", hint="give export what fxq.convert returned"
-        )
+        raise ExportError(f"cannot export a {type(gm).__name__}", hint="give export what fxq.convert returned")
     version = needed_opset(gm, opset)
     examples = Examples.of(gm, example_args, example_kwargs or {}, input_names)
     outputs = onnx_inputs.output_names(gm, output_names, examples.names)

@@ -24,9 +24,7 @@ _KEPT_INSIDE: Final = 1024
 """Bytes of a tensor that stays in the model file all the same: shapes and scales are needed to read the
 graph.
 """
-_HINT: Final = (
-    "this is a graph that ONNX does not allow; leave the part named here out of the model, or report it"
-)
+_HINT: Final = "this is a graph that ONNX does not allow; leave the part named here out of the model, or report it"
 
 
 def write_model(model: onnx.ModelProto, path: Path) -> None:
@@ -145,12 +143,8 @@ def _weight_files(model: Path, path: Path | None = None) -> set[Path]:
         held = onnx.load(os.fspath(model), load_external_data=False)
     except DecodeError:
         return set()
-    names = {
-        entry.value for t in held.graph.initializer for entry in t.external_data if entry.key == "location"
-    }
-    return {
-        path.with_name(name) for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")
-    }
+    names = {entry.value for t in held.graph.initializer for entry in t.external_data if entry.key == "location"}
+    return {path.with_name(name) for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")}
 
 
 def _temporary(path: Path) -> Path:

@@ -128,7 +128,7 @@ def output_names(gm: fx.GraphModule, wanted: Sequence[str] | None, inputs: Seque
 
 
 def _parts(keys: Sequence[Any], leaf: fx.Node) -> list[Sequence[Any]]:
-    """The paths of the tensors that an output node gives: its own, or a namedtuple's fields, which fx makes by a call."""
+    """Paths of the tensors that an output node gives: its own, or a namedtuple's fields, which fx makes by a call."""
     fields = getattr(leaf.target, "_fields", None) if leaf.op == "call_function" else None
     return [keys] if fields is None else [(*keys, pytree.MappingKey(field)) for field in fields]
 
@@ -144,13 +144,9 @@ def _key(key: Any) -> str:
 def _checked_names(kind: str, own: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
     names = tuple(own if wanted is None else wanted)
     if len(names) != len(own):
-        raise ExportError(
-            f"{kind}_names={wanted!r} for {len(own)} {kind}s", hint=f"the {kind}s are {', '.join(own)}"
-        )
+        raise ExportError(f"{kind}_names={wanted!r} for {len(own)} {kind}s", hint=f"the {kind}s are {', '.join(own)}")
     if len(set(names)) < len(names) or not all(names):
-        raise ExportError(
-            f"{kind}_names={names!r} are not distinct names", hint=f"give a name for each of {own}"
-        )
+        raise ExportError(f"{kind}_names={names!r} are not distinct names", hint=f"give a name for each of {own}")
     return names
 
 

@@ -76,9 +76,7 @@ def nodes_of(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     return found
 
 
-def label_nodes(
-    model: ir.Model, program: torch.export.ExportedProgram, gm: fx.GraphModule, reserved: set[str]
-) -> None:
+def label_nodes(model: ir.Model, program: torch.export.ExportedProgram, gm: fx.GraphModule, reserved: set[str]) -> None:
     """Give every ONNX node its FX node's name as metadata, and every tensor a name made from it.
 
     Args:

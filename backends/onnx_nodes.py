@@ -57,9 +57,7 @@ class Node:
 
     def finding(self, rule: str, severity: Severity, message: str, *, fix: str = "") -> Finding:
         """A breach of a rule at this node."""
-        return Finding(
-            rule, severity, self.name, message, fix=fix, module_path=self.module_path, source=self.source
-        )
+        return Finding(rule, severity, self.name, message, fix=fix, module_path=self.module_path, source=self.source)
 
 
 @dataclass(frozen=True)

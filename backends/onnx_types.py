@@ -60,9 +60,7 @@ def needed_opset(gm: fx.GraphModule, asked: int | None) -> int:
     if asked is None:
         return needed
     if asked > HIGHEST:
-        raise ExportError(
-            f"opset {asked} is not known here", hint=f"use {needed} to {HIGHEST}, or None for {needed}"
-        )
+        raise ExportError(f"opset {asked} is not known here", hint=f"use {needed} to {HIGHEST}, or None for {needed}")
     if asked < needed and because is not None:
         what = f"opset {asked} is too low: the types of {because.name} need {needed} (R15)"
         raise error_at(ExportError, what, because, hint=f"use opset={needed} or None")

@@ -139,18 +139,12 @@ class Session:
         elif len(inputs) == len(self.input_names):
             feeds = dict(zip(self.input_names, inputs, strict=True))
         else:
-            raise EngineError(
-                f"{len(inputs)} inputs given, {self.path.name} takes {', '.join(self.input_names)}"
-            )
+            raise EngineError(f"{len(inputs)} inputs given, {self.path.name} takes {', '.join(self.input_names)}")
         if set(feeds) != set(self.input_names):
-            raise EngineError(
-                f"inputs {sorted(feeds)} given, {self.path.name} takes {', '.join(self.input_names)}"
-            )
+            raise EngineError(f"inputs {sorted(feeds)} given, {self.path.name} takes {', '.join(self.input_names)}")
         return feeds
 
-    def _run_part(
-        self, nodes: Sequence[onnx.NodeProto], names: Sequence[str], given: Mapping[str, Tensor]
-    ) -> Any:
+    def _run_part(self, nodes: Sequence[onnx.NodeProto], names: Sequence[str], given: Mapping[str, Tensor]) -> Any:
         graph = self._parts()
         made = {name for node in nodes for name in node.output}
         wanted = [name for name in names if name in made]
@@ -201,9 +195,7 @@ class _Graph:
                 work += _reads(self.nodes[index])
         return [self.nodes[i] for i in sorted(found)]
 
-    def part(
-        self, nodes: Sequence[onnx.NodeProto], feeds: Mapping[str, Tensor], outputs: Sequence[str]
-    ) -> bytes:
+    def part(self, nodes: Sequence[onnx.NodeProto], feeds: Mapping[str, Tensor], outputs: Sequence[str]) -> bytes:
         """A model of `nodes` alone."""
         import onnx
 
@@ -213,9 +205,7 @@ class _Graph:
         model.graph.name = self.model.graph.name
         model.graph.node.extend(nodes)
         for name, tensor in feeds.items():
-            model.graph.input.append(
-                onnx.helper.make_tensor_value_info(name, _onnx_type(tensor), list(tensor.shape))
-            )
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, _onnx_type(tensor), list(tensor.shape)))
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
         reads = self.reads(nodes)
         model.graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in reads)
@@ -262,9 +252,7 @@ def _run(session: Any, names: Sequence[str], feeds: Mapping[str, Tensor]) -> lis
     try:
         values = session.run_with_ort_values(list(names), {name: _to_ort(t) for name, t in feeds.items()})
     except _failures() as error:
-        raise EngineError(
-            f"ONNX Runtime stopped: {error}", hint="compare the inputs' shapes and types"
-        ) from error
+        raise EngineError(f"ONNX Runtime stopped: {error}", hint="compare the inputs' shapes and types") from error
     return [_from_ort(value) for value in values]
 
 

@@ -75,9 +75,7 @@ def build(
     _check_version(trt)
     source = OnnxSource.read(onnx_path)
     target = Path(engine_path)
-    options = _Options(
-        workspace_bytes, optimization_level, None if timing_cache is None else Path(timing_cache)
-    )
+    options = _Options(workspace_bytes, optimization_level, None if timing_cache is None else Path(timing_cache))
     with _one_build, capturing() as log:
         try:
             plan, seconds = _build_plan(trt, source, log, options, profiles, progress)
@@ -129,8 +127,7 @@ def _check_version(trt: ModuleType) -> None:
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if version < _OLDEST:
         raise MissingDependencyError(
-            f"building an engine needs TensorRT {_OLDEST[0]}.{_OLDEST[1]} or newer; "
-            f"{trt.__version__} is installed",
+            f"building an engine needs TensorRT {_OLDEST[0]}.{_OLDEST[1]} or newer; {trt.__version__} is installed",
             hint="pip install --upgrade 'fxq[trt]'",
         )
 

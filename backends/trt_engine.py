@@ -80,9 +80,7 @@ class Engine:
             f"  kernels: {len(self.kernels)} ({', '.join(f'{n} {kind}' for kind, n in kinds)})",
             f"  weighted kernels reading INT8: {len(self.int8_kernels)} of {len(self.weighted_kernels)}",
             "  activations moved: "
-            + (
-                _readable(bytes_moved) if bytes_moved is not None else "depends on the batch (dynamic shapes)"
-            ),
+            + (_readable(bytes_moved) if bytes_moved is not None else "depends on the batch (dynamic shapes)"),
         ]
         wide = [kernel for kernel in self.weighted_kernels if not kernel.reads_int8]
         lines += [f"  not INT8: {k.name} from {', '.join(k.onnx_nodes) or '?'}" for k in wide[:_LISTED]]
@@ -140,16 +138,12 @@ class _Session:
             fed = {name: self._bind_input(name, tensor) for name, tensor in self._by_name(inputs).items()}
             missing = self.context.infer_shapes()
             if missing:
-                raise EngineError(
-                    f"{self.path}: the shapes of {', '.join(missing)} are not determined by the inputs"
-                )
+                raise EngineError(f"{self.path}: the shapes of {', '.join(missing)} are not determined by the inputs")
             outputs = {name: self._bind_output(name) for name in self.outputs}
             with capturing() as log:
                 queued = self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream)
             if not queued:
-                raise EngineError(
-                    f"{self.path} could not be run: {'; '.join(log.errors()) or 'no reason given'}"
-                )
+                raise EngineError(f"{self.path} could not be run: {'; '.join(log.errors()) or 'no reason given'}")
             del fed
         return outputs
 
@@ -185,9 +179,7 @@ class _Session:
     def _bind_output(self, name: str) -> Tensor:
         shape = tuple(self.context.get_tensor_shape(name))
         if any(dim < 0 for dim in shape):
-            raise EngineError(
-                f"{self.path}: the shape of output {name}, {shape}, depends on the data, not on shapes"
-            )
+            raise EngineError(f"{self.path}: the shape of output {name}, {shape}, depends on the data, not on shapes")
         tensor = torch.empty(shape, dtype=self._dtype(name), device=self._place(name))
         self.context.set_tensor_address(name, tensor.data_ptr())
         return tensor
@@ -229,9 +221,7 @@ def load_engine(trt: ModuleType, path: Path) -> Any:
             reasons.
     """
     if not path.is_file():
-        raise EngineError(
-            f"there is no engine file {path}", hint="build it first: fxq.build(onnx_path, engine_path)"
-        )
+        raise EngineError(f"there is no engine file {path}", hint="build it first: fxq.build(onnx_path, engine_path)")
     with capturing() as log:
         runtime = trt.Runtime(tensorrt_logger(trt))
         engine = runtime.deserialize_cuda_engine(path.read_bytes())

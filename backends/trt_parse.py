@@ -43,9 +43,7 @@ class OnnxSource:
             return cls(model)
         path = Path(fspath(model))
         if not path.is_file():
-            raise BuildError(
-                f"there is no ONNX file {path}", hint="export it first: fxq.export(quantized, path)"
-            )
+            raise BuildError(f"there is no ONNX file {path}", hint="export it first: fxq.export(quantized, path)")
         return cls(path.read_bytes(), path)
 
     @property
@@ -87,18 +85,14 @@ def parse_onnx(trt: ModuleType, builder: Any, source: OnnxSource) -> tuple[Any, 
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise _parse_failure(source, errors)
     if network.num_outputs == 0:
-        raise BuildError(
-            f"{source.name} has no outputs", hint="is it an ONNX model, and was it written to the end?"
-        )
+        raise BuildError(f"{source.name} has no outputs", hint="is it an ONNX model, and was it written to the end?")
     return network, parser
 
 
 def _parse_failure(source: OnnxSource, errors: list[Any]) -> BuildError:
     model = _load(source)
     if model is None:
-        return BuildError(
-            f"{source.name} is no readable ONNX model", hint="check it with onnx.checker.check_model"
-        )
+        return BuildError(f"{source.name} is no readable ONNX model", hint="check it with onnx.checker.check_model")
     origins = _origins(model)
     lines, first = [], None
     for error in errors:

@@ -37,8 +37,7 @@ def profile_shapes(inputs: Mapping[str, tuple[int, ...]], profiles: Profiles | N
         return {name: _batch_range(name, shape) for name, shape in dynamic.items()}
     if unknown := sorted(set(profiles) - set(dynamic)):
         raise BuildError(
-            f"profiles names {', '.join(unknown)}, but the inputs of dynamic shape are "
-            f"{', '.join(dynamic) or 'none'}",
+            f"profiles names {', '.join(unknown)}, but the inputs of dynamic shape are {', '.join(dynamic) or 'none'}",
             hint="give one (min, opt, max) for each input of dynamic shape, and none for the others",
         )
     if missing := sorted(set(dynamic) - set(profiles)):

@@ -86,9 +86,7 @@ def torch_ao(model: nn.Module, example: Tensor) -> nn.Module:
         from torch.ao.quantization import get_default_qconfig_mapping
         from torch.ao.quantization.quantize_fx import prepare_fx
 
-        found: nn.Module = prepare_fx(
-            copy.deepcopy(model).cpu(), get_default_qconfig_mapping("x86"), (example.cpu(),)
-        )
+        found: nn.Module = prepare_fx(copy.deepcopy(model).cpu(), get_default_qconfig_mapping("x86"), (example.cpu(),))
     return found.to(example.device)
 
 
@@ -144,17 +142,13 @@ def bytes_observed(gm: fx.GraphModule, batch: Tensor) -> int:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50", help="a torchvision classifier (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images in a batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="times over all batches (default: %(default)s)")
-    parser.add_argument(
-        "--threads", type=int, default=min(4, os.cpu_count() or 1), help="(default: %(default)s)"
-    )
+    parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1), help="(default: %(default)s)")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--torch-ao", action="store_true", help=f"run {TORCH_AO} as well")
     parser.add_argument("--modelopt", action="store_true", help="run NVIDIA's modelopt as well")
@@ -183,9 +177,7 @@ def forward_table(variants: list[Variant]) -> str:
     lines = ["| collects | of a plain forward | ms per batch | counted |", "|---|---|---|---|"]
     for variant in variants:
         median = statistics.median(variant.seconds)
-        lines.append(
-            f"| {variant.name} | {median / base:.3f} | {median * 1e3:.1f} | {counted(variant.run)} |"
-        )
+        lines.append(f"| {variant.name} | {median / base:.3f} | {median * 1e3:.1f} | {counted(variant.run)} |")
     return "\n".join(lines)
 
 

@@ -12,9 +12,7 @@ import runner
 from runner import Result, at, show
 from tasks import TASKS
 
-PEERS = (
-    "fp32,fxq,modelopt_torch_max,modelopt_onnx_max,modelopt_onnx_entropy,ort_trt_minmax,torch_fx_histogram"
-)
+PEERS = "fp32,fxq,modelopt_torch_max,modelopt_onnx_max,modelopt_onnx_entropy,ort_trt_minmax,torch_fx_histogram"
 TASK_NAMES = "lenet,resnet18,resnet50,mobilenet_v2"
 
 
@@ -36,9 +34,7 @@ def share(result: Result, part: str, whole: str) -> str:
     """`part` over `whole` of the engine's counts."""
     if not at(result, "engine", "ok"):
         errors = at(result, "engine", "errors") or [at(result, "engine", "error") or "not built"]
-        return (
-            f"refused: {' '.join(str(errors[-1]).split())[-90:]}".replace("|", "/") if part != whole else "-"
-        )
+        return f"refused: {' '.join(str(errors[-1]).split())[-90:]}".replace("|", "/") if part != whole else "-"
     if part == whole:
         return str(at(result, "engine", part))
     return f"{at(result, 'engine', part)} of {at(result, 'engine', whole)}"
@@ -46,9 +42,7 @@ def share(result: Result, part: str, whole: str) -> str:
 
 def adds(result: Result) -> str:
     """Residual additions with both inputs, one and none quantized."""
-    return "/".join(
-        str(at(result, "structure", f"adds_{count}_quantized")) for count in ("both", "one", "none")
-    )
+    return "/".join(str(at(result, "structure", f"adds_{count}_quantized")) for count in ("both", "one", "none"))
 
 
 def findings(result: Result) -> str:
@@ -60,9 +54,7 @@ def findings(result: Result) -> str:
 def stages(result: Result) -> str:
     """Each stage as a multiple of the float forward over the calibration batches."""
     forward = result["forward_s"]
-    return ", ".join(
-        f"{name} {s / forward:.2f}" for name, s in result["stages_s"].items() if name != "import"
-    )
+    return ", ".join(f"{name} {s / forward:.2f}" for name, s in result["stages_s"].items() if name != "import")
 
 
 def total(result: Result) -> str:

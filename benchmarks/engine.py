@@ -155,8 +155,7 @@ def parse_kernels(messages: list[str]) -> list[Kernel]:
 
 def _tensors(text: str) -> list[Tensor]:
     return [
-        Tensor(m["name"], tuple(int(d) for d in m["dims"].split(",") if d), m["dtype"])
-        for m in TENSOR.finditer(text)
+        Tensor(m["name"], tuple(int(d) for d in m["dims"].split(",") if d), m["dtype"]) for m in TENSOR.finditer(text)
     ]
 
 
@@ -174,9 +173,7 @@ def identity_skips(kernels: list[Kernel]) -> list[Tensor]:
     skips = []
     for kernel in kernels:
         if kernel.weighted and kernel.weights is not None:
-            skips += [
-                t for t in kernel.inputs[1:] if t.dims == kernel.outputs[0].dims and readers[t.name] > 1
-            ]
+            skips += [t for t in kernel.inputs[1:] if t.dims == kernel.outputs[0].dims and readers[t.name] > 1]
         elif not kernel.weighted and any(t.name in from_weighted for t in kernel.added):
             skips += [t for t in kernel.added if t.name not in from_weighted]
     return skips
@@ -199,9 +196,7 @@ def figures(kernels: list[Kernel]) -> dict[str, Any]:
         "identity_skips_read_in_int8": sum(t.dtype == "Int8" for t in skips),
         "activation_bytes": traffic,
         "activation_bytes_total": sum(traffic.values()),
-        "kernels_with_wide_output": sum(
-            any(t.dtype in WIDE and t.bytes > 1024 for t in k.outputs) for k in kernels
-        ),
+        "kernels_with_wide_output": sum(any(t.dtype in WIDE and t.bytes > 1024 for t in k.outputs) for k in kernels),
         "weighted_kernels_not_int8": [f"{k.name} {k.metadata}" for k in weighted if not k.reads_int8],
     }
 
@@ -222,9 +217,7 @@ def report(path: Path, batch: int, log_path: Path | None) -> dict[str, Any]:
     log = Log()
     builder = trt.Builder(log)
     flags = 0
-    if hasattr(
-        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"
-    ):  # 10.x wants it said, 11 knows nothing else
+    if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # 10.x wants it said, 11 knows nothing else
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
@@ -248,9 +241,7 @@ def report(path: Path, batch: int, log_path: Path | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("onnx", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--log", type=Path, help="write the builder's whole log here")

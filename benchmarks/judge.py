@@ -64,9 +64,7 @@ def sqnr_db(reference: np.ndarray, got: np.ndarray) -> float:
     return float(10 * np.log10((reference**2).sum() / max(((reference - got) ** 2).sum(), 1e-30)))
 
 
-def latency(
-    plain: ort.InferenceSession, int8: ort.InferenceSession, image: np.ndarray, runs: int = 15
-) -> list[float]:
+def latency(plain: ort.InferenceSession, int8: ort.InferenceSession, image: np.ndarray, runs: int = 15) -> list[float]:
     """Median milliseconds of both sessions on one image, run in turn so that both see the same load."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(runs + 3):
@@ -160,9 +158,7 @@ class Judge:
             for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):
                 rest = [os.environ[variable]] if os.environ.get(variable) else []
                 environment[variable] = os.pathsep.join([str(self.settings.tensorrt), *rest])
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=900, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:
             return {"ok": False, "errors": [f"exit {done.returncode}: {(done.stderr or done.stdout)[-600:]}"]}
         return dict(json.loads(done.stdout))

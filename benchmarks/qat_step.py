@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fxq
 
 Step = Callable[[], None]
-WARM_UP = 3
+WARM_UP = 4
 
 
 def fxq_variant(scales: str) -> Callable[[nn.Module, Tensor], nn.Module]:

@@ -29,9 +29,7 @@ Results = dict[str, dict[str, Result]]  # task -> quantizer -> result
 
 def options(description: str, peers: str, engine: bool) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has; `engine` adds those about the builder."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--peers", default=peers, help=f"comma-separated, of {', '.join(QUANTIZERS)} (default: {peers})"
     )
@@ -44,13 +42,9 @@ def options(description: str, peers: str, engine: bool) -> argparse.ArgumentPars
     work = Path(tempfile.gettempdir()) / "fxq-benchmarks"
     parser.add_argument("--work", type=Path, default=work, help=f"ONNX files and logs (default: {work})")
     parser.add_argument("--results", type=Path, help="JSON file; earlier results in it are kept and shown")
-    parser.add_argument(
-        "--threads", type=int, default=min(4, os.cpu_count() or 1), help="(default: %(default)s)"
-    )
+    parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1), help="(default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each quantizer; the fastest counts")
-    parser.add_argument(
-        "--limit", type=int, default=1800, help="seconds a quantizer may take (default: %(default)s)"
-    )
+    parser.add_argument("--limit", type=int, default=1800, help="seconds a quantizer may take (default: %(default)s)")
     parser.add_argument("--judge-only", action="store_true", help="judge the files of an earlier run again")
     if engine:
         parser.add_argument(
@@ -224,8 +218,6 @@ def finish(results: Results, tasks: Iterable[str], args: argparse.Namespace, col
     """Print the tables of `tasks`; exit with 1 where a quantizer of this run failed."""
     for task in tasks:
         print(f"\n### {task}\n\n{table(results.get(task, {}), columns)}")
-    failed = [
-        f"{peer} on {task}" for task in tasks for peer in args.peers if not at(results, task, peer, "ok")
-    ]
+    failed = [f"{peer} on {task}" for task in tasks for peer in args.peers if not at(results, task, peer, "ok")]
     if failed:
         sys.exit(f"\nfailed: {', '.join(failed)}")

@@ -46,9 +46,7 @@ def run(peer: str, task_name: str, base: Path, work: Path, profile: bool) -> dic
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"[:600]
     total = time.perf_counter() - start - sum(ctx.forwards[forwards:])
-    result.update(
-        total_s=total, peak_mib=peak_mib(), peak_before_mib=before, stages_s=ctx.stages, rooms_s=ctx.rooms
-    )
+    result.update(total_s=total, peak_mib=peak_mib(), peak_before_mib=before, stages_s=ctx.stages, rooms_s=ctx.rooms)
     if quantized is not None and result["ok"]:
         np.save(work / "torch.npy", outputs(quantized, task.evaluation()[0], task.batch))
     ctx.time_forward()

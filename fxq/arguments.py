@@ -38,9 +38,7 @@ def example_arguments(
     else:
         args = () if example_inputs is None else (example_inputs,)
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
-        raise TraceError(
-            "example_inputs hold no tensor", hint="pass a tensor, a tuple of inputs or a dict of them"
-        )
+        raise TraceError("example_inputs hold no tensor", hint="pass a tensor, a tuple of inputs or a dict of them")
     return args, kwargs
 
 

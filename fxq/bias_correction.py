@@ -32,9 +32,7 @@ __all__ = ["CORRECTIONS", "Sampler", "correct_biases"]
 CORRECTIONS: Final = "bias_corrections"
 """Module of a prepared graph that holds a buffer for each operation whose bias is to be corrected."""
 
-_CHANNEL: Final = (
-    {"linear": -1} | {f"conv{n}d": 1 for n in (1, 2, 3)} | {f"conv_transpose{n}d": 1 for n in (1, 2, 3)}
-)
+_CHANNEL: Final = {"linear": -1} | {f"conv{n}d": 1 for n in (1, 2, 3)} | {f"conv_transpose{n}d": 1 for n in (1, 2, 3)}
 _BUDGET: Final = 1 << 28  # bytes that the largest tensor of the kept samples may take
 _MOST: Final = 512  # samples; more change little
 _FEWEST: Final = 8
@@ -151,9 +149,7 @@ def _evaluate(
         call = getattr(torch.Tensor, str(node.target))
     real = [_call(call, node, values, "real", i) for i in range(len(arguments))]
     same = all(values[s].real is values[s].rounded for s in node.all_input_nodes)
-    return _Pair(
-        real, real if same else [_call(call, node, values, "rounded", i) for i in range(len(arguments))]
-    )
+    return _Pair(real, real if same else [_call(call, node, values, "rounded", i) for i in range(len(arguments))])
 
 
 def _fake_quantized(module: Quantizer, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -166,9 +162,7 @@ def _fake_quantized(module: Quantizer, tensors: Sequence[Tensor]) -> list[Tensor
     return [done[id(x)] for x in tensors]
 
 
-def _call(
-    call: Callable[..., Any], node: fx.Node, values: dict[fx.Node, _Pair], side: str, index: int
-) -> Any:
+def _call(call: Callable[..., Any], node: fx.Node, values: dict[fx.Node, _Pair], side: str, index: int) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: getattr(values[n], side)[index])
     return call(*args, **kwargs)
 
@@ -185,9 +179,7 @@ def _mean_error(pair: _Pair, channel: int) -> Tensor | None:
     errors = []
     for real, rounded in zip(pair.real, pair.rounded, strict=True):
         error = (real - rounded).float().movedim(channel, -1)
-        errors.append(
-            error.reshape(len(error), -1, error.shape[-1]).mean(1) if error.dim() > 1 else error[None]
-        )
+        errors.append(error.reshape(len(error), -1, error.shape[-1]).mean(1) if error.dim() > 1 else error[None])
     samples = torch.cat(errors)
     if len(samples) < 2:
         return None

@@ -130,18 +130,14 @@ def _collect(
 def _merge(gm: fx.GraphModule, ranks: Ranks) -> None:
     """Put the statistics of all ranks together, in their order, on every rank."""
     observing = {name: q.observer for name, q in quantizers(gm).items() if q.observer is not None}
-    own = {
-        f"{name}.{key}": value for name, o in observing.items() for key, value in o.state_dict().items()
-    }
+    own = {f"{name}.{key}": value for name, o in observing.items() for key, value in o.state_dict().items()}
     states = ranks.gather(own)
     for name, observer in observing.items():
         prefix = f"{name}."
         part = copy.deepcopy(observer)
         observer.reset()
         for state in states:
-            part.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            )
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
             observer.merge(part)
         observer.shared = True
 
@@ -239,9 +235,7 @@ class _Feeder:
                 if len(recent) == _CHECK_EVERY:
                     self._check(recent)
         except KeyboardInterrupt as stop:
-            stop.add_note(
-                f"fxq keeps the statistics of {fed} batches: go on with reset=False, or call fxq.solve"
-            )
+            stop.add_note(f"fxq keeps the statistics of {fed} batches: go on with reset=False, or call fxq.solve")
             raise
         self._check(recent)
         return fed

@@ -104,9 +104,7 @@ def load_statistics(prepared: fx.GraphModule, path: str | PathLike[str]) -> None
     for name, quantizer in found.items():
         prefix = f"{name}."
         quantizer.to(device)
-        quantizer.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         if quantizer.observer is not None:
             quantizer.observer.shared = True
     _forget_corrections(prepared)
@@ -216,9 +214,7 @@ def set_amax(prepared: fx.GraphModule, amax: Mapping[str, Amax], *, partial: boo
             missing += [q.tensor for q in group]
     ranges |= {name: _range(q, given[name]) for name, q in found.items() if q.weight and name in given}
     if missing and not partial:
-        raise CalibrationError(
-            f"there is no amax for {', '.join(missing)}", hint="name them too, or pass partial=True"
-        )
+        raise CalibrationError(f"there is no amax for {', '.join(missing)}", hint="name them too, or pass partial=True")
     places, device = quantized_nodes(prepared), _device(prepared)
     for name, quantizer in found.items():
         weight = constant(places.get(name))

@@ -75,9 +75,7 @@ class CalibrationReport:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(
-            title=f"calibrated on {self.batches} batches", box=box.SIMPLE_HEAD, title_justify="left"
-        )
+        table = Table(title=f"calibrated on {self.batches} batches", box=box.SIMPLE_HEAD, title_justify="left")
         for name in ("tensor", "module", "method"):
             table.add_column(name, overflow="fold")
         for name in ("min", "max", "scale"):

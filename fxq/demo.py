@@ -57,9 +57,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Module | None = None
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, inputs, h, w] to [n, outputs, h / stride, w / stride]."""
@@ -110,9 +108,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[~test], labels[~test], images[test], labels[test]
 
 
-def train(
-    model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int = EPOCHS, progress: bool = True
-) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int = EPOCHS, progress: bool = True) -> None:
     """Train with SGD and a one-cycle schedule; `model` is changed and left in eval mode.
 
     Args:
@@ -180,9 +176,7 @@ def main(folder: str | Path = "demo-out") -> None:
 def _show_residual(console: Console, traced: fx.GraphModule, quantized: fx.GraphModule) -> None:
     """The graph around the first residual addition, as traced and as converted."""
     console.print("The graph around one residual addition, as the model was written:")
-    console.print(
-        fxq.format_graph(traced, lambda n: n.name.startswith("layer1_0")), markup=False, style="dim"
-    )
+    console.print(fxq.format_graph(traced, lambda n: n.name.startswith("layer1_0")), markup=False, style="dim")
     console.print(f"\n{_FIX}")
     shown = ["relu", "relu_quantize", "relu_dequantize", "layer1_0_relu_dequantize", "layer1_0_bn2", "layer1_0_add"]
     console.print(fxq.format_graph(quantized, lambda n: n.name in shown), markup=False, style="dim")

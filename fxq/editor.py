@@ -100,9 +100,7 @@ class Editor:
         self.counts["created"] += 1
         return node
 
-    def call_module(
-        self, path: str, args: tuple[Any, ...], *, like: fx.Node, name: str | None = None
-    ) -> fx.Node:
+    def call_module(self, path: str, args: tuple[Any, ...], *, like: fx.Node, name: str | None = None) -> fx.Node:
         """A new ``call_module`` node at the current insertion point; see :meth:`call`."""
         node = self.graph.create_node("call_module", path, args, {}, name=name)
         self._inherit(node, like, None)

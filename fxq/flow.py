@@ -75,13 +75,9 @@ def trace(
         TraceError: Tracing stopped; the message names the user's line and the ways out.
     """
     if recipe is not None and not isinstance(recipe, Recipe):
-        raise RecipeError(
-            f"recipe is a {type(recipe).__name__}", hint="write fxq.Recipe([fxq.Rule(...), ...])"
-        )
+        raise RecipeError(f"recipe is a {type(recipe).__name__}", hint="write fxq.Recipe([fxq.Rule(...), ...])")
     if not isinstance(model, nn.Module):
-        raise TraceError(
-            f"cannot trace a {type(model).__name__}", hint="give an nn.Module; wrap a function in one"
-        )
+        raise TraceError(f"cannot trace a {type(model).__name__}", hint="give an nn.Module; wrap a function in one")
     args, kwargs = example_arguments(example_inputs, example_kwargs)
     return trace_model(
         model,
@@ -282,9 +278,7 @@ def _kept(prepared: fx.GraphModule, keep: Callable[[Inputs], None] | None) -> It
     if keep is None:
         yield
         return
-    hook = prepared.register_forward_pre_hook(
-        lambda _, args, kwargs: keep(Inputs(args, kwargs)), with_kwargs=True
-    )
+    hook = prepared.register_forward_pre_hook(lambda _, args, kwargs: keep(Inputs(args, kwargs)), with_kwargs=True)
     try:
         yield
     finally:
@@ -352,9 +346,7 @@ def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.Gr
         CalibrationError: Quantizers have no scale yet; all of them are named.
     """
     if "quantized" in state(prepared).properties:
-        raise ConvertError(
-            "this graph is converted already", hint="export it, or convert what fxq.prepare returned"
-        )
+        raise ConvertError("this graph is converted already", hint="export it, or convert what fxq.prepare returned")
     chosen = pipeline or CONVERT
     gm = PassManager().run(chosen, prepared)
     _remember(gm, convert=str(chosen))

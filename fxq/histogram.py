@@ -94,9 +94,7 @@ def count(values: Tensor, per_unit: Tensor, *, symmetric: bool, out: Tensor) -> 
     """
     positions = _positions(values, per_unit, symmetric=symmetric)
     bins = out.shape[0]
-    if (
-        positions.device.type == "cpu"
-    ):  # there it is five times as fast; on a GPU it would wait for its own size
+    if positions.device.type == "cpu":  # there it is five times as fast; on a GPU it would wait for its own size
         index = positions.to(torch.int32).clamp_(0, bins - 1).flatten()
         out.copy_(torch.bincount(index, minlength=bins))
     else:

@@ -180,9 +180,7 @@ class NumericCheck(Instrument):
     def _error(
         p: Pass, gm: fx.GraphModule, old: Mapping[str, Any], new: Mapping[str, Any], allowed: float
     ) -> NumericError:
-        first = next(
-            n for n in gm.graph.nodes if n.name in old and _difference(old[n.name], new[n.name]) > allowed
-        )
+        first = next(n for n in gm.graph.nodes if n.name in old and _difference(old[n.name], new[n.name]) > allowed)
         seen = _difference(old[first.name], new[first.name])
         total = _difference(old["output"], new["output"])
         error = error_at(
@@ -208,11 +206,7 @@ def node_values(
         kwargs: Inputs by name.
     """
     held = state(gm)
-    given = (
-        (held.example_args, held.example_kwargs)
-        if args is None and kwargs is None
-        else (args or (), kwargs or {})
-    )
+    given = (held.example_args, held.example_kwargs) if args is None and kwargs is None else (args or (), kwargs or {})
     args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given)
     work = copy.deepcopy(gm).eval()
     for module in work.modules():

@@ -106,16 +106,12 @@ class Pipeline:
         for index, p in enumerate(self.passes):
             strange = unknown((*p.requires, *p.provides))
             if strange:
-                raise PassError(
-                    f"pass {p.name} speaks of {', '.join(strange)}, which is no property of a graph"
-                )
+                raise PassError(f"pass {p.name} speaks of {', '.join(strange)}, which is no property of a graph")
             for need in p.requires:
                 if need not in have:
                     later = [q.name for q in self.passes[index + 1 :] if need in q.provides]
                     hint = f"move {later[0]} before it" if later else f"add {providers(need)} before it"
-                    raise PassError(
-                        f"in pipeline {self.name}, {p.name} needs a graph that is {need}", hint=hint
-                    )
+                    raise PassError(f"in pipeline {self.name}, {p.name} needs a graph that is {need}", hint=hint)
             have.update(p.provides)
 
 

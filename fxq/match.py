@@ -94,9 +94,7 @@ class Match:
             PassError: The pattern has no such part.
         """
         if name not in self.names:
-            raise PassError(
-                f"the pattern has no part called {name!r}", hint=f"it has {', '.join(sorted(self.names))}"
-            )
+            raise PassError(f"the pattern has no part called {name!r}", hint=f"it has {', '.join(sorted(self.names))}")
         return self.values.get(name)
 
 

@@ -159,9 +159,7 @@ class Observer(FlexibleState):
     def _fit(self, x: Tensor) -> None:
         """Put the buffers on x's device and, per channel, give them as many rows as x has."""
         if x.device != self.amin.device:
-            with torch.inference_mode(
-                mode=False
-            ):  # buffers outlive the inference mode that calibration runs in
+            with torch.inference_mode(mode=False):  # buffers outlive the inference mode that calibration runs in
                 self.to(x.device)
         if self.axis is None:
             return
@@ -271,9 +269,7 @@ class Observer(FlexibleState):
             CalibrationError: Nothing was collected, or these statistics cannot answer the method.
         """
         if not self.fed:
-            raise CalibrationError(
-                "nothing was collected", hint="run fxq.calibrate with batches that reach it"
-            )
+            raise CalibrationError("nothing was collected", hint="run fxq.calibrate with batches that reach it")
         if method.name not in self.methods:
             raise CalibrationError(
                 f"{type(self).__name__} statistics cannot answer the method {method.name!r}",
@@ -457,9 +453,7 @@ class Histogram(Observer):
             histogram.count(chosen, per_unit, symmetric=self.symmetric, out=self._recent_counts[slot])
             return
         rows = x.movedim(self.axis, 0).flatten(1)
-        self._add(
-            histogram.count_rows(rows, per_unit, symmetric=self.symmetric).unsqueeze(1), power.unsqueeze(1)
-        )
+        self._add(histogram.count_rows(rows, per_unit, symmetric=self.symmetric).unsqueeze(1), power.unsqueeze(1))
 
     def _fold(self, rows: Tensor) -> None:
         super()._fold(rows)

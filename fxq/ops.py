@@ -184,9 +184,7 @@ def _unusual(kind_: OpKind, full: Mapping[str, Any]) -> bool:
 def _sequence(values: tuple[Any, ...]) -> Any:
     """What a variadic parameter takes: ``x.view(2, 3)``, ``x.view((2, 3))``, ``x.view(y.shape)``."""
     first = values[0]
-    whole = isinstance(first, tuple | list | torch.dtype) or (
-        isinstance(first, fx.Node) and SEQUENCE in first.meta
-    )
+    whole = isinstance(first, tuple | list | torch.dtype) or (isinstance(first, fx.Node) and SEQUENCE in first.meta)
     return first if len(values) == 1 and whole else tuple(values)
 
 

@@ -105,9 +105,7 @@ def _make(name: str, options: str, registry: dict[str, tuple[type[Pass], ...]]) 
         )
     if len(kinds) > 1:
         where = ", ".join(f"{k.__module__}.{k.__qualname__}" for k in kinds)
-        raise PassError(
-            f"several passes are called {name!r}: {where}", hint="pass the one you mean as passes=[...]"
-        )
+        raise PassError(f"several passes are called {name!r}: {where}", hint="pass the one you mean as passes=[...]")
     (kind,) = kinds
     call = ast.parse(f"dict({options})", mode="eval").body
     assert isinstance(call, ast.Call)

@@ -88,11 +88,7 @@ class Constant(Part):
     def goals(self, value: Any) -> Sequence[Sequence[Goal]] | str:
         tensor = constant(value)
         if self.equals is not None:
-            return (
-                [[]]
-                if _number(value, tensor) == _float32(self.equals)
-                else f"{shown(value)} is not {self.equals}"
-            )
+            return [[]] if _number(value, tensor) == _float32(self.equals) else f"{shown(value)} is not {self.equals}"
         if tensor is None:
             return f"{shown(value)} is computed, not stored"
         if self.where is not None and not self.where(tensor):
@@ -128,13 +124,9 @@ class Op(Part):
         wanted = calls if isinstance(calls, tuple) else (calls,)
         for one in wanted:
             if not isinstance(one, str) and not callable(one):
-                raise PassError(
-                    f"a pattern calls {one!r}", hint="give an op kind, a function or a module type"
-                )
+                raise PassError(f"a pattern calls {one!r}", hint="give an op kind, a function or a module type")
         if commutative and len(operands) < 2:
-            raise PassError(
-                "a commutative pattern has two operands", hint="write Op(..., a, b, commutative=True)"
-            )
+            raise PassError("a commutative pattern has two operands", hint="write Op(..., a, b, commutative=True)")
         for key, value in (("calls", wanted), ("operands", operands), ("commutative", commutative),
                            ("shared", shared), ("attributes", attributes)):  # fmt: skip
             object.__setattr__(self, key, value)
@@ -156,9 +148,7 @@ class Op(Part):
         for key, wanted in self.attributes.items():
             given = _attribute(value, kwargs, key)
             if not (wanted(given) if callable(wanted) else equal(wanted, given)):
-                return f"{value.name} has {key}={shown(given)}" + (
-                    "" if callable(wanted) else f", not {wanted!r}"
-                )
+                return f"{value.name} has {key}={shown(given)}" + ("" if callable(wanted) else f", not {wanted!r}")
         orders = [args]
         if self.commutative and len(args) > 1:
             orders.append((args[1], args[0], *args[2:]))
@@ -166,11 +156,7 @@ class Op(Part):
 
     def parts(self) -> Iterator[Part]:
         for operand in self.operands:
-            yield from (
-                p
-                for p in (operand if isinstance(operand, list | tuple) else [operand])
-                if isinstance(p, Part)
-            )
+            yield from (p for p in (operand if isinstance(operand, list | tuple) else [operand]) if isinstance(p, Part))
 
     @property
     def text(self) -> str:
@@ -249,9 +235,7 @@ class Pattern:
 
 
 def _is_call(part: Part) -> bool:
-    return isinstance(part, Op) or (
-        isinstance(part, OneOf) and bool(part.choices) and all(map(_is_call, part.choices))
-    )
+    return isinstance(part, Op) or (isinstance(part, OneOf) and bool(part.choices) and all(map(_is_call, part.choices)))
 
 
 def _depths(root: Part) -> dict[Part, int]:
@@ -271,11 +255,7 @@ def _calls(node: fx.Node, wanted: str | Callable[..., Any]) -> bool:
         return fnmatch.fnmatchcase(kind_name(node), wanted)
     if isinstance(wanted, type) and issubclass(wanted, nn.Module):
         owner = node.graph.owning_module
-        return (
-            node.op == "call_module"
-            and owner is not None
-            and isinstance(attribute(owner, str(node.target)), wanted)
-        )
+        return node.op == "call_module" and owner is not None and isinstance(attribute(owner, str(node.target)), wanted)
     return node.op == "call_function" and node.target is wanted
 
 

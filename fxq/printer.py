@@ -67,9 +67,7 @@ def _line(gm: fx.GraphModule, node: fx.Node) -> str:
         return f"return {_value(node.args[0])}"
     text = f"%{node.name} = {_call(node)}"
     shape = _info(node.meta.get(TENSOR))
-    return "  ".join(
-        part for part in (text + (f" : {shape}" if shape else ""), *_quantization(gm, node)) if part
-    )
+    return "  ".join(part for part in (text + (f" : {shape}" if shape else ""), *_quantization(gm, node)) if part)
 
 
 def _call(node: fx.Node) -> str:

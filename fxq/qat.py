@@ -92,9 +92,7 @@ def _fake_quantizers(gm: nn.Module, pattern: str) -> list[FakeQuantizer]:
 
 
 @contextmanager
-def _held(
-    gm: nn.Module, pattern: str, attribute: Literal["observing", "mode"], *, value: Any
-) -> Iterator[None]:
+def _held(gm: nn.Module, pattern: str, attribute: Literal["observing", "mode"], *, value: Any) -> Iterator[None]:
     chosen = _fake_quantizers(gm, pattern)
     before = [getattr(q, attribute) for q in chosen]
     for quantizer in chosen:

@@ -82,9 +82,7 @@ def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) 
     return steps.mul_(_along(scale, q, axis).to(work)).to(scale.dtype)
 
 
-torch.library.define(
-    "fxq::quantize", "(Tensor x, Tensor scale, Tensor zero_point, int? axis, str dtype) -> Tensor"
-)
+torch.library.define("fxq::quantize", "(Tensor x, Tensor scale, Tensor zero_point, int? axis, str dtype) -> Tensor")
 torch.library.define("fxq::dequantize", "(Tensor q, Tensor scale, Tensor zero_point, int? axis) -> Tensor")
 # CompositeExplicitAutograd: this Python code serves CPU, CUDA and meta tensors, and tracers keep the operator
 # whole.
@@ -134,9 +132,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -
     return result
 
 
-def _real(
-    steps: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, to: QDType
-) -> Tensor:
+def _real(steps: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, to: QDType) -> Tensor:
     """Clamp `steps` in place and turn them into real values of x's dtype, as dequantize would."""
     steps.clamp_(to.qmin, to.qmax)
     if to.qmax > _EXACT:
@@ -149,9 +145,7 @@ class _StraightThrough(torch.autograd.Function):
     """Fake quantization whose gradient is 1 inside the range and 0 outside."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: str) -> Tensor:
         to = DTYPES[dtype]
         steps = _before_clamp(x, scale, zero_point, axis, to)
         ctx.save_for_backward((steps >= to.qmin) & (steps <= to.qmax))

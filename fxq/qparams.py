@@ -104,17 +104,11 @@ def weight_range(weight: Tensor, spec: QSpec, axis: int | None) -> tuple[Tensor,
     weight = weight.detach()
     if weight.numel() == 0:
         raise CalibrationError(f"a weight of shape {tuple(weight.shape)} has no range")
-    rows = (
-        weight.reshape(1, -1)
-        if axis is None
-        else weight.movedim(axis, 0).flatten(1).reshape(weight.shape[axis], -1)
-    )
+    rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1).reshape(weight.shape[axis], -1)
     rows = rows.float()
     amin, amax = rows.amin(dim=1), rows.amax(dim=1)  # aminmax along an axis takes ten times as long on a CPU
     if not bool((amin.isfinite() & amax.isfinite()).all()):
-        raise CalibrationError(
-            "a weight holds NaN or Inf", hint="check the checkpoint the model was loaded from"
-        )
+        raise CalibrationError("a weight holds NaN or Inf", hint="check the checkpoint the model was loaded from")
     if spec.calibration.name in ("mse", "auto"):
         ratio = _best_ratio(rows, amin, amax, spec)
         amin, amax = amin * ratio, amax * ratio

@@ -186,18 +186,14 @@ class Quantizer(FlexibleState):
     def _method(self, method: Method | str | None) -> Method:
         return Method(method) if isinstance(method, str) else method or self.spec.calibration
 
-    def range(
-        self, method: Method | str | None = None, others: Iterable[Quantizer] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def range(self, method: Method | str | None = None, others: Iterable[Quantizer] = ()) -> tuple[Tensor, Tensor]:
         """The range (amin, amax) that :meth:`solve` would quantize over; nothing is changed."""
         return self._pooled(others).compute(self._method(method), self.spec)
 
     def _pooled(self, others: Iterable[Quantizer]) -> Observer:
         """The statistics of this and the other quantizers together."""
         if self.observer is None:
-            raise CalibrationError(
-                f"{self.tensor} is a weight: its range is its own", hint="use solve_weight"
-            )
+            raise CalibrationError(f"{self.tensor} is a weight: its range is its own", hint="use solve_weight")
         rest = [other.observer for other in others if other is not self and other.observer is not None]
         observer = copy.deepcopy(self.observer) if rest else self.observer
         for more in rest:

@@ -73,9 +73,7 @@ class EdgeSpecs:
         for name in ROLES:
             value = getattr(self, name)
             if not (value is None or isinstance(value, QSpec) or value == KEEP):
-                raise RecipeError(
-                    f"{name}={value!r} is no spec", hint='use QSpec(...), None for float, or "keep"'
-                )
+                raise RecipeError(f"{name}={value!r} is no spec", hint='use QSpec(...), None for float, or "keep"')
 
 
 NodePredicate: TypeAlias = Callable[[torch.fx.Node], bool]
@@ -110,9 +108,7 @@ class Rule:
                 hint='use a module-path glob, "op:kind", a module type or a predicate over nodes',
             )
         if isinstance(self.match, type) and not issubclass(self.match, torch.nn.Module):
-            raise RecipeError(
-                f"{self.match.__name__} is no module type", hint="match by a subclass of nn.Module"
-            )
+            raise RecipeError(f"{self.match.__name__} is no module type", hint="match by a subclass of nn.Module")
         if self.match in ("", "op:"):
             raise RecipeError("a rule with an empty match", hint='use "*" for the whole model')
         if self.spec is not None and not isinstance(self.spec, QSpec | EdgeSpecs):
@@ -153,9 +149,7 @@ class Recipe:
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise RecipeError(
-                    f"{rule!r} is no Rule", hint="write Recipe([Rule(match=..., spec=...), ...])"
-                )
+                raise RecipeError(f"{rule!r} is no Rule", hint="write Recipe([Rule(match=..., spec=...), ...])")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -173,9 +167,7 @@ class Recipe:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
         if not isinstance(data, Mapping) or set(data) != {"rules"} or not isinstance(data["rules"], list):
-            raise RecipeError(
-                f"{path} is no recipe", hint="it needs a list under the key 'rules', and nothing else"
-            )
+            raise RecipeError(f"{path} is no recipe", hint="it needs a list under the key 'rules', and nothing else")
         return cls([_rule_from(row, f"{path}, rule {index}") for index, row in enumerate(data["rules"])])
 
     def to_yaml(self) -> str:
@@ -192,9 +184,7 @@ class Recipe:
                     hint="match by a module-path glob or an op kind",
                 )
             spec = _edges_to(rule.spec) if isinstance(rule.spec, EdgeSpecs) else spec_to(rule.spec)
-            rows.append(
-                {"match": rule.match, "spec": spec} | ({"reason": rule.reason} if rule.reason else {})
-            )
+            rows.append({"match": rule.match, "spec": spec} | ({"reason": rule.reason} if rule.reason else {}))
         return yaml.safe_dump({"rules": rows}, sort_keys=False)
 
 
@@ -205,9 +195,7 @@ def _edges_to(edges: EdgeSpecs) -> dict[str, Any]:
 
 def _rule_from(row: Any, where: str) -> Rule:
     if not isinstance(row, Mapping) or not {"match", "spec"} <= set(row) <= {"match", "spec", "reason"}:
-        raise RecipeError(
-            f"{where}: {row!r} is no rule", hint="a rule has the keys match, spec and, if wanted, reason"
-        )
+        raise RecipeError(f"{where}: {row!r} is no rule", hint="a rule has the keys match, spec and, if wanted, reason")
     match, spec, reason = row["match"], row["spec"], row.get("reason", "")
     if not isinstance(match, str) or not isinstance(reason, str):
         raise RecipeError(f"{where}: match and reason are text", hint="put quotes around them")

@@ -77,9 +77,7 @@ class Report:
 
         columns = width or max(_NARROWEST, shutil.get_terminal_size((_WIDTH, 0)).columns)
         out = StringIO()
-        console = Console(
-            file=out, width=columns, color_system=None, highlight=False, markup=False, emoji=False
-        )
+        console = Console(file=out, width=columns, color_system=None, highlight=False, markup=False, emoji=False)
         for line in _wrapped("", self.summary(), columns):
             console.print(line, soft_wrap=True)
         for warning in self.warnings:
@@ -150,9 +148,7 @@ def _totals_lines(totals: Totals) -> Iterator[str]:
     yield f"weighted operations  {t.weighted_quantized} of {t.weighted} quantized"
     if t.residuals:
         projected = t.skips_quantized - t.identity_skips_quantized
-        kinds = (
-            f" ({t.identity_skips_quantized} identity, {projected} projected)" if t.skips_quantized else ""
-        )
+        kinds = f" ({t.identity_skips_quantized} identity, {projected} projected)" if t.skips_quantized else ""
         yield f"residual additions   {t.skips_quantized} of {t.residuals} skips quantized{kinds}"
     yield (
         f"quantizers           {t.activation_quantizers + t.weight_quantizers}: "

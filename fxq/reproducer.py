@@ -162,14 +162,10 @@ class _Writer:
             lines += self.node(node)
         if type(gm.graph._codegen) is NestedInputs:
             codegen = gm.graph._codegen
-            lines.append(
-                f"graph.set_codegen({self.name(NestedInputs)}({codegen.names!r}, {codegen.parts!r}))"
-            )
+            lines.append(f"graph.set_codegen({self.name(NestedInputs)}({codegen.names!r}, {codegen.parts!r}))")
         elif type(gm.graph._codegen) is not CodeGen:
             raise PassError(f"its inputs are taken apart by a {type(gm.graph._codegen).__name__}")
-        lines.append(
-            f"gm = root = torch.fx.GraphModule(root, graph, {type(gm).__name__!r}).train({gm.training})"
-        )
+        lines.append(f"gm = root = torch.fx.GraphModule(root, graph, {type(gm).__name__!r}).train({gm.training})")
         return [*lines, *loose, f'gm.meta["fxq"] = {self.source(state(gm))}']
 
     def stored(self, path: str, tensor: Tensor) -> str:
@@ -200,12 +196,8 @@ class _Writer:
                 "weight": module.weight,
             }
             made = f"{self.name(Quantizer)}({self.source(module.spec)}, **{self.source(options)})"
-            held = {
-                key: value for key, value in module.state_dict(prefix="").items() if isinstance(value, Tensor)
-            }
-            values = ", ".join(
-                f"{key!r}: {self.tensor(f'{path}.{key}', value)}" for key, value in held.items()
-            )
+            held = {key: value for key, value in module.state_dict(prefix="").items() if isinstance(value, Tensor)}
+            values = ", ".join(f"{key!r}: {self.tensor(f'{path}.{key}', value)}" for key, value in held.items())
             return [
                 f"put({path!r}, {made})",
                 f"root.get_submodule({path!r}).load_state_dict({{{values}}})",

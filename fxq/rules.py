@@ -112,9 +112,7 @@ class Finding:
         if self.rule not in RULES:
             raise FxqError(f"no rule {self.rule!r}", node=self.node, hint="add it to fxq/rules.yaml")
         if self.severity not in SEVERITIES:
-            raise FxqError(
-                f"no severity {self.severity!r}", node=self.node, hint=f"use one of {', '.join(SEVERITIES)}"
-            )
+            raise FxqError(f"no severity {self.severity!r}", node=self.node, hint=f"use one of {', '.join(SEVERITIES)}")
         object.__setattr__(self, "why", self.why or RULES[self.rule].why)
         object.__setattr__(self, "fix", self.fix or RULES[self.rule].fix)
 
@@ -173,9 +171,7 @@ class Findings(Sequence[Finding]):
             rule: Rule id; None (default) takes all.
             severity: Severity; None (default) takes all.
         """
-        return Findings(
-            tuple(f for f in self.items if rule in (None, f.rule) and severity in (None, f.severity))
-        )
+        return Findings(tuple(f for f in self.items if rule in (None, f.rule) and severity in (None, f.severity)))
 
     def __str__(self) -> str:
         if not self.items:
@@ -261,9 +257,7 @@ def check(graph: GraphKind, *rules: str) -> Callable[[F], F]:
     """
     unknown = [rule for rule in rules if rule not in RULES]
     if unknown or not rules:
-        raise FxqError(
-            f"a check for {', '.join(unknown) or 'no rule'}", hint="name rules that fxq/rules.yaml holds"
-        )
+        raise FxqError(f"a check for {', '.join(unknown) or 'no rule'}", hint="name rules that fxq/rules.yaml holds")
 
     def register(function: F) -> F:
         _CHECKS.append(Check(graph, rules, function))
@@ -325,9 +319,7 @@ is a kernel heuristic or costs little.
 
 def _rule_as_markdown(rule: RuleInfo) -> str:
     rows = [("Why", rule.why), ("Fix", rule.fix), ("TensorRT", rule.trt), ("Checked", rule.check)]
-    items = [
-        textwrap.fill(f"- *{label}*: {text}", WIDTH, subsequent_indent="  ") for label, text in rows if text
-    ]
+    items = [textwrap.fill(f"- *{label}*: {text}", WIDTH, subsequent_indent="  ") for label, text in rows if text]
     return f"\n## {rule.id}: {rule.title}\n\n" + "\n".join(items) + "\n"
 
 

@@ -107,9 +107,7 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
-            raise RecipeError(
-                f"unknown calibration method {self.name!r}", hint=f"use one of {', '.join(METHODS)}"
-            )
+            raise RecipeError(f"unknown calibration method {self.name!r}", hint=f"use one of {', '.join(METHODS)}")
         for name in ("percentile", "momentum"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -167,9 +165,7 @@ class QSpec:
         for name, kind in kinds.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise RecipeError(
-                    f"{name}={value!r} means nothing in a QSpec", hint="see the docstring of QSpec"
-                )
+                raise RecipeError(f"{name}={value!r} means nothing in a QSpec", hint="see the docstring of QSpec")
         if isinstance(self.dtype, QDType) and self.dtype.floating and self.symmetric is False:
             raise RecipeError(f"{self.dtype.name} has no zero point", hint="use symmetric=True")
 
@@ -207,9 +203,7 @@ class QSpec:
     def calibration(self) -> Method:
         """The calibration method of a complete spec."""
         if not isinstance(self.method, Method):
-            raise RecipeError(
-                "this QSpec has no method", hint="complete it with spec.over(target.activation)"
-            )
+            raise RecipeError("this QSpec has no method", hint="complete it with spec.over(target.activation)")
         return self.method
 
     def __str__(self) -> str:

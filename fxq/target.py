@@ -148,9 +148,7 @@ class Target:
         folder = resources.files("fxq.backends")
         known = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
         if str(name) not in known:
-            raise TargetError(
-                f"unknown target {str(name)!r}", hint=f"use one of {', '.join(known)} or a .yaml file"
-            )
+            raise TargetError(f"unknown target {str(name)!r}", hint=f"use one of {', '.join(known)} or a .yaml file")
         return cls.from_data(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), str(name))
 
     @classmethod
@@ -201,9 +199,7 @@ def _only(data: Any, known: set[str], where: str) -> None:
     """A key that nobody reads is a typing error, and would change nothing in silence."""
     extra = sorted(map(str, set(data) - known))
     if extra:
-        raise TargetError(
-            f"{where}: nothing is called {', '.join(extra)}", hint=f"known: {', '.join(sorted(known))}"
-        )
+        raise TargetError(f"{where}: nothing is called {', '.join(extra)}", hint=f"known: {', '.join(sorted(known))}")
 
 
 def _placement(row: Mapping[str, Any], where: str) -> OpPlacement:

@@ -103,9 +103,7 @@ def check_pass(
     if _Look(gm) != before:
         raise _broken(p, "changed the graph that it was to copy", before.text, _Look(gm).text)
     if result.modified != (after != before):
-        said = (
-            "that it changed the graph, and it did not" if result.modified else "nothing of what it changed"
-        )
+        said = "that it changed the graph, and it did not" if result.modified else "nothing of what it changed"
         raise _broken(p, f"says {said}", before.text, after.text, "change the graph through the editor alone")
     if must_change and not result.modified:
         raise PassError(
@@ -118,9 +116,7 @@ def check_pass(
     if idempotent:
         again = p(result.graph_module)
         if again.modified:
-            raise _broken(
-                p, "changes its own result on a second run", after.text, _Look(again.graph_module).text
-            )
+            raise _broken(p, "changes its own result on a second run", after.text, _Look(again.graph_module).text)
         if again.notes:
             raise PassError(f"pass {p.name} says more on a second run: {again.notes[0].text}")
     return result
@@ -136,12 +132,8 @@ class _Look:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         object.__setattr__(self, "text", format_graph(gm))
-        object.__setattr__(
-            self, "calls", tuple(f"{n.op} {n.target} {n.format_node()}" for n in gm.graph.nodes)
-        )
-        tensors = itertools.chain(
-            gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False)
-        )
+        object.__setattr__(self, "calls", tuple(f"{n.op} {n.target} {n.format_node()}" for n in gm.graph.nodes))
+        tensors = itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
         stored = [(path, f"{tuple(t.shape)} {t.dtype} {_fingerprint(t)}") for path, t in tensors]
         modules = [(path, f"{m} {m.training}") for path, m in gm.named_modules() if path]
         object.__setattr__(self, "stored", (*stored, *modules))

@@ -66,9 +66,7 @@ class Bins:
 
     def channels(self, count: int) -> list[Bins]:
         """These histograms in groups of `count` channels."""
-        parts = zip(
-            *(torch.split(t, count) for t in (self.counts, self.width, self.amin, self.amax)), strict=True
-        )
+        parts = zip(*(torch.split(t, count) for t in (self.counts, self.width, self.amin, self.amax)), strict=True)
         return [Bins(counts, width, self.zero, amin, amax) for counts, width, amin, amax in parts]
 
 
@@ -259,9 +257,7 @@ def _error_integral(steps: Tensor, zero_point: Tensor, dtype: QDType) -> Tensor:
     last level n stays and the cube grows: the clipping error. Other grids add their cells' own integrals.
     """
     if not dtype.floating:
-        nearest = torch.minimum(
-            torch.maximum(steps.round(), dtype.qmin - zero_point), dtype.qmax - zero_point
-        )
+        nearest = torch.minimum(torch.maximum(steps.round(), dtype.qmin - zero_point), dtype.qmax - zero_point)
         return nearest / 12 + (steps - nearest) ** 3 / 3
     levels = _magnitudes(dtype)
     half = levels.diff() / 2

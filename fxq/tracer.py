@@ -151,9 +151,7 @@ class _Tracer(fx.Tracer):
         try:
             return super().iter(obj)
         except fx.proxy.TraceError as error:
-            raise TraceError(
-                "a loop runs over a tensor whose length tracing does not know", hint=WAYS_OUT
-            ) from error
+            raise TraceError("a loop runs over a tensor whose length tracing does not know", hint=WAYS_OUT) from error
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise TraceError("an input is unpacked with ** or .keys()", hint=WAYS_OUT)
@@ -261,9 +259,7 @@ def _check_leaves(root: nn.Module, leaf_modules: Sequence[type[nn.Module] | str]
     known = dict(root.named_modules())
     for path in leaf_modules:
         if not isinstance(path, str | type):
-            raise TraceError(
-                f"leaf_modules holds {path!r}", hint="name module types or dotted paths in a list"
-            )
+            raise TraceError(f"leaf_modules holds {path!r}", hint="name module types or dotted paths in a list")
         if isinstance(path, type) and not any(isinstance(m, path) for m in known.values()):
             raise TraceError(f"leaf_modules names {path.__name__}, and the model has no such module")
         if isinstance(path, str) and path not in known:

@@ -47,9 +47,7 @@ def aliases(node: fx.Node) -> Aliases:
 
 def refuse(node: fx.Node, why: str) -> FxqError:
     """The error for a write that cannot be rewritten."""
-    return error_at(
-        TraceError, f"{node.name} {why}", node, "write that line without changing a tensor in place"
-    )
+    return error_at(TraceError, f"{node.name} {why}", node, "write that line without changing a tensor in place")
 
 
 def put_back(editor: Editor, view: fx.Node, source: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
@@ -259,9 +257,7 @@ def set_item(editor: Editor, node: fx.Node, base: fx.Node, index: Any, value: An
 
 def _numbers(node: fx.Node, items: list[Any]) -> tuple[Any, ...]:
     for item in items:
-        if isinstance(item, slice) and any(
-            isinstance(b, fx.Node) for b in (item.start, item.stop, item.step)
-        ):
+        if isinstance(item, slice) and any(isinstance(b, fx.Node) for b in (item.start, item.stop, item.step)):
             raise refuse(node, "sets items from or to a computed position")
     return tuple(items)
 
@@ -319,9 +315,7 @@ def _put_items(editor: Editor, like: fx.Node, base: fx.Node, parsed: _Index, val
     return _scatter(editor, like, base, parsed.items, value)
 
 
-def _scatter(
-    editor: Editor, like: fx.Node, base: fx.Node, items: list[tuple[int, Any]], value: fx.Node
-) -> fx.Node:
+def _scatter(editor: Editor, like: fx.Node, base: fx.Node, items: list[tuple[int, Any]], value: fx.Node) -> fx.Node:
     """`base` with `value` at `items`, one dimension at a time: into the slice of the first item go the
     others.
     """

@@ -47,9 +47,7 @@ def _grouped_channels(node: fx.Node, multiple: int, kernel: int) -> str | None:
     sizes = tuple(weight.shape[2:])
     if weight.shape[0] % multiple == 0 and min(sizes) >= kernel:
         return None
-    return (
-        f"{weight.shape[0]} output channels in {node.kwargs['groups']} groups with a {_times(sizes)} kernel"
-    )
+    return f"{weight.shape[0]} output channels in {node.kwargs['groups']} groups with a {_times(sizes)} kernel"
 
 
 def _fp8_convolution(node: fx.Node, few: int, volume: int) -> str | None:

@@ -59,9 +59,7 @@ class Annotate(Pass):
         _check_rules(now.recipe, matched, effective, editor.gm)
 
     @staticmethod
-    def _annotate(
-        editor: Editor, node: fx.Node, target: Target, rules: Sequence[tuple[int, Rule]]
-    ) -> set[int]:
+    def _annotate(editor: Editor, node: fx.Node, target: Target, rules: Sequence[tuple[int, Rule]]) -> set[int]:
         """Annotate one node; gives the indices of the rules that had a say."""
         placement = target.ops.get(kind_name(node))
         if placement is None and products(node):
@@ -128,9 +126,7 @@ def matches(rule: Rule, node: fx.Node) -> bool:
         return bool(match(node))
     except Exception as error:
         message = f"the predicate {rule.text} failed on {node.name}: {type(error).__name__}: {error}"
-        raise error_at(
-            RecipeError, message, node, "it is asked about every operation of the graph"
-        ) from error
+        raise error_at(RecipeError, message, node, "it is asked about every operation of the graph") from error
 
 
 def applied(node: fx.Node, role: str, recipe: Recipe) -> tuple[int, Rule] | None:
@@ -231,9 +227,7 @@ def _decide(
 ) -> tuple[Annotation | None, set[int]]:
     """What holds for one edge (None: nothing was said), and the rules that had a say."""
     base = target.weight if edge.role == "weight" else target.activation
-    chosen = (
-        Annotation(base, placement.rule, placement.reason) if placement is not None and edge.placed else None
-    )
+    chosen = Annotation(base, placement.rule, placement.reason) if placement is not None and edge.placed else None
     used: set[int] = set()
     for index, rule in rules:
         wish = getattr(rule.edges, edge.role)
@@ -289,6 +283,4 @@ def _advise_half(editor: Editor, node: fx.Node) -> None:
     low = {edge: a.spec is not None for edge, a in edge_annotations(node).items() if edge != "output"}
     if len(set(low.values())) == 2:
         names = ", ".join(str(node.args[edge]) for edge, yes in low.items() if not yes)  # type: ignore[index]
-        editor.note(
-            node, "R20", f"it reads {names} in float, so it does not run in low precision", kind="advice"
-        )
+        editor.note(node, "R20", f"it reads {names} in float, so it does not run in low precision", kind="advice")

@@ -65,9 +65,7 @@ class ConvertQuantizers(Pass):
         dtype, weight, info = module.spec.qdtype, constant(tensor), tensor_info(tensor)
         shape = info.shape if info is not None else ()
         with editor.before(node):
-            scale, zero_point = (
-                editor.get_attr(f"{path}.{name}", like=node) for name in ("scale", "zero_point")
-            )
+            scale, zero_point = (editor.get_attr(f"{path}.{name}", like=node) for name in ("scale", "zero_point"))
             rest = (scale, zero_point, module.axis)
             if weight is None:
                 stored = TensorInfo(shape, dtype.storage)
@@ -79,9 +77,7 @@ class ConvertQuantizers(Pass):
                     name=f"{tensor.name}_quantize",
                 )
             else:
-                source = _integer_weight(
-                    editor, tensor, module, weight, shared=readers[str(tensor.target)] > 1
-                )
+                source = _integer_weight(editor, tensor, module, weight, shared=readers[str(tensor.target)] > 1)
             real = editor.call(
                 DEQUANTIZE, (source, *rest), like=node, info=TensorInfo(shape, module.scale.dtype),
                 name=f"{tensor.name}_dequantize",
@@ -113,9 +109,7 @@ def _integer_weight(
     editor: Editor, tensor: fx.Node, module: Quantizer, weight: torch.Tensor, *, shared: bool
 ) -> fx.Node:
     """A get_attr of the weight's integers, at the weight's path unless somebody reads the float one too."""
-    integers = QUANTIZE(
-        weight.detach(), module.scale, module.zero_point, module.axis, module.spec.qdtype.name
-    )
+    integers = QUANTIZE(weight.detach(), module.scale, module.zero_point, module.axis, module.spec.qdtype.name)
     path = str(tensor.target)
     if not shared and len(tensor.users) == 1:
         editor.set_tensor(path, integers)

@@ -14,9 +14,7 @@ from ..passbase import Pass
 
 __all__ = ["DropIdentities"]
 
-_DROPOUTS = frozenset(
-    ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-)
+_DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
 _COPIES = frozenset(("contiguous", "clone", "detach"))
 _ONE_INPUT = frozenset(("cat",))
 
@@ -44,9 +42,7 @@ class DropIdentities(Pass):
                 editor.replace(node, source)
                 editor.erase(node)
         nodes = reversed(list(editor.graph.nodes))
-        editor.erase_dead(
-            n for n in nodes if n.op in ("call_function", "call_method", "get_attr") and not n._erased
-        )
+        editor.erase_dead(n for n in nodes if n.op in ("call_function", "call_method", "get_attr") and not n._erased)
 
 
 def _identity_of(node: fx.Node) -> fx.Node | None:

@@ -45,14 +45,10 @@ class InsertQuantizers(Pass):
     @staticmethod
     def _insert(editor: Editor, tensor: fx.Node, annotation: Annotation) -> None:
         edges = quantized_edges(tensor)
-        quantizer = next(filter(is_quantizer, tensor.users), None) or _new_quantizer(
-            editor, tensor, annotation
-        )
+        quantizer = next(filter(is_quantizer, tensor.users), None) or _new_quantizer(editor, tensor, annotation)
         for user, edge, own in edges:
             if own.spec != annotation.spec:
-                reason = (
-                    f"{own.reason}; {tensor} has one quantizer (R29), and {annotation.reason} decides on it"
-                )
+                reason = f"{own.reason}; {tensor} has one quantizer (R29), and {annotation.reason} decides on it"
                 editor.annotate(user, edge, replace(annotation, reason=reason))
         if any(edge == "output" for _, edge, _ in edges):
             editor.replace(
@@ -76,9 +72,7 @@ def _new_quantizer(editor: Editor, tensor: fx.Node, annotation: Annotation) -> f
     assert spec is not None
     weight = constant(tensor) is not None
     path = f"{QUANTIZERS}.{submodule_name(tensor.name)}"
-    editor.set_module(
-        path, Quantizer(spec, tensor=tensor.name, axis=spec.axis, tie=annotation.tie, weight=weight)
-    )
+    editor.set_module(path, Quantizer(spec, tensor=tensor.name, axis=spec.axis, tie=annotation.tie, weight=weight))
     with editor.after(tensor):
         return editor.call_module(path, (tensor,), like=tensor, name=f"{tensor.name}_quantizer")
 

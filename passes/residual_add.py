@@ -158,9 +158,7 @@ def _unfit(first: fx.Node, second: fx.Node, origins: Mapping[fx.Node, int]) -> _
     if one.dtype != other.dtype or not one.dtype.is_floating_point:
         return _Declined("R25", f"its inputs are {one.dtype} and {other.dtype}".replace("torch.", ""))
     if one.shape != other.shape:
-        return _Declined(
-            "R44", f"its inputs {list(one.shape)} and {list(other.shape)} broadcast, which does not fuse"
-        )
+        return _Declined("R44", f"its inputs {list(one.shape)} and {list(other.shape)} broadcast, which does not fuse")
     if not origins[first] & origins[second]:
         return _Declined("R25", "its inputs have no tensor in common that they come from")
     return None
@@ -186,9 +184,7 @@ def _not_fusible(first: fx.Node, second: fx.Node, target: Target, order: Mapping
         if kind_name(conv) in target.residual.weighted:
             ways = longest_ways(conv, other, target, order)
             if ways is not None and ways[0] == (0, 0) and ways[1][0] == 0:
-                return _Declined(
-                    "R25", f"{other} comes from {conv} without another weighted operation between them"
-                )
+                return _Declined("R25", f"{other} comes from {conv} without another weighted operation between them")
     return _Declined("R23", "neither input comes straight from a convolution that nothing else reads")
 
 

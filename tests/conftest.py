@@ -18,9 +18,7 @@ hypothesis.settings.load_profile("fxq")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--golden-update", action="store_true", help="rewrite tests/golden instead of comparing with it"
-    )
+    parser.addoption("--golden-update", action="store_true", help="rewrite tests/golden instead of comparing with it")
     parser.addoption(
         "--tensorrt",
         choices=("cpu", "installed"),

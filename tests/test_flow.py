@@ -43,9 +43,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     prepared = fxq.prepare(model, torch.zeros(8, 3, SIZE, SIZE))
     fxq.calibrate(prepared, images(32, SIZE, seed=1).split(8), progress=False)
     quantized = fxq.convert(prepared)
-    path = fxq.export(
-        quantized, tmp_path_factory.mktemp("flow") / f"{request.param}.onnx", dynamic_shapes=None
-    )
+    path = fxq.export(quantized, tmp_path_factory.mktemp("flow") / f"{request.param}.onnx", dynamic_shapes=None)
     return Run(model, prepared, quantized, path, images(8, SIZE, seed=2))
 
 
@@ -67,9 +65,7 @@ def values(gm: fx.GraphModule, *inputs: Tensor) -> dict[str, Tensor]:
 
 def test_the_model_is_not_changed_and_the_prepared_graph_computes_what_it_did(run: Run) -> None:
     fresh = warmed("resnet18" if "18" in run.path.name else "resnet50", SIZE)
-    for (name, mine), (_, theirs) in zip(
-        run.model.state_dict().items(), fresh.state_dict().items(), strict=True
-    ):
+    for (name, mine), (_, theirs) in zip(run.model.state_dict().items(), fresh.state_dict().items(), strict=True):
         assert torch.equal(mine, theirs), name
     with torch.inference_mode():
         torch.testing.assert_close(run.prepared(run.inputs), run.model(run.inputs), rtol=1e-4, atol=1e-3)
@@ -95,9 +91,7 @@ def test_onnx_runtime_agrees_node_by_node(run: Run) -> None:
     assert len(quantizers) > 20
     for node in quantizers:
         weighted = _weighted_before(node)
-        given = {
-            a.name: torch_values[a.name] for a in weighted.all_input_nodes if a.name in session.value_names
-        }
+        given = {a.name: torch_values[a.name] for a in weighted.all_input_nodes if a.name in session.value_names}
         given |= {"x": run.inputs} if "x" in session.input_names else {}
         given |= {n: torch_values[n] for n in _skips_between(weighted, node)}
         found = session.compute([node.name], given)[node.name]
@@ -273,8 +267,7 @@ def test_trained_resnet20_keeps_its_accuracy(real_data: Path, tmp_path: Path) ->
 def test_lenet_trained_on_mnist_keeps_its_accuracy(real_data: Path, tmp_path: Path) -> None:
     data = np.load(real_data / "mnist.npz")
     train, test = (
-        (torch.from_numpy(data[f"{k}_images"])[:, None].float() / 255 - 0.1307) / 0.3081
-        for k in ("train", "test")
+        (torch.from_numpy(data[f"{k}_images"])[:, None].float() / 255 - 0.1307) / 0.3081 for k in ("train", "test")
     )
     labels = torch.from_numpy(data["train_labels"])
     model = seeded(LeNet).train()

@@ -71,9 +71,7 @@ FORBIDDEN = {"backends": {"passes"}}
 def rooms(root: Path) -> dict[str, Path]:
     """Module name to file for every room of the three folders, without following the links in fxq/."""
     folders = {"fxq": root / "fxq", "fxq.passes": root / "passes", "fxq.backends": root / "backends"}
-    return {
-        f"{package}.{file.stem}": file for package, folder in folders.items() for file in folder.glob("*.py")
-    }
+    return {f"{package}.{file.stem}": file for package, folder in folders.items() for file in folder.glob("*.py")}
 
 
 def place(module: str) -> str:

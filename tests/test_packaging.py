@@ -76,9 +76,7 @@ def test_installed_package_imports_from_anywhere(tmp_path: Path) -> None:
     except metadata.PackageNotFoundError:
         pytest.skip("fxq is not installed in this environment, only on the path")
     program = "import fxq, fxq.passes, fxq.optional; print(fxq.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -99,12 +97,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("fxq", "passes", "backends", "tests"):
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
-    program = (
-        "from setuptools import build_meta; build_meta.build_wheel('dist'); build_meta.build_sdist('dist')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=False
-    )
+    program = "from setuptools import build_meta; build_meta.build_wheel('dist'); build_meta.build_sdist('dist')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return copy / "dist"
 
@@ -155,6 +149,4 @@ def test_heavy_and_optional_packages_are_not_dependencies() -> None:
 def test_version_is_the_same_everywhere() -> None:
     version = PROJECT["project"]["version"]
     assert fxq.__version__ == version
-    assert re.search(
-        rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)

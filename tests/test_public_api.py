@@ -16,10 +16,7 @@ import fxq
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = sorted(
-    path
-    for folder in ("fxq", "passes", "backends")
-    for path in (ROOT / folder).glob("*.py")
-    if path.stem[0] != "_"
+    path for folder in ("fxq", "passes", "backends") for path in (ROOT / folder).glob("*.py") if path.stem[0] != "_"
 )
 # What must not be loaded by `import fxq` alone: optional, or slow to load.
 HEAVY = (
@@ -41,21 +38,13 @@ def test_all_is_sorted_and_not_empty() -> None:
 
 def test_all_is_all_there_is() -> None:
     """A public name that __all__ leaves out looks public and is not."""
-    offered = {
-        name for name, value in vars(fxq).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    named = {
-        name for name in fxq.__all__ if not inspect.ismodule(getattr(fxq, name)) and name != "__version__"
-    }
+    offered = {name for name, value in vars(fxq).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    named = {name for name in fxq.__all__ if not inspect.ismodule(getattr(fxq, name)) and name != "__version__"}
     assert offered - {"annotations"} == named
 
 
 def test_every_name_is_documented() -> None:
-    silent = [
-        name
-        for name in fxq.__all__
-        if callable(getattr(fxq, name)) and not inspect.getdoc(getattr(fxq, name))
-    ]
+    silent = [name for name in fxq.__all__ if callable(getattr(fxq, name)) and not inspect.getdoc(getattr(fxq, name))]
     assert silent == []
 
 
@@ -99,9 +88,7 @@ def silent(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
     overload = any("overload" in ast.unparse(decorator) for decorator in node.decorator_list)
     found = [] if overload or ast.get_docstring(node) else [node.name]
     if isinstance(node, ast.ClassDef) and not inherits_contract(node):
-        methods = [
-            one for one in node.body if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")
-        ]
+        methods = [one for one in node.body if isinstance(one, ast.FunctionDef) and not one.name.startswith("_")]
         found += [f"{node.name}.{name}" for method in methods for name in silent(method)]
     return found
 
@@ -117,8 +104,6 @@ def inherits_contract(node: ast.ClassDef) -> bool:
 
 def test_import_loads_nothing_heavy() -> None:
     program = f"import sys, fxq; print([name for name in {HEAVY!r} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -18,9 +18,7 @@ def test_makes_folders_and_replaces(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.bin"
     write_whole(path, b"one")
 

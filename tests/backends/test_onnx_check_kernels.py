@@ -12,9 +12,7 @@ from fxq.backends.onnx_lint import lint_onnx
 from fxq.rules import checks
 
 
-def small_convolution(
-    into: int, out: int, kernel: tuple[int, int] = (3, 3), group: int = 1
-) -> onnx.ModelProto:
+def small_convolution(into: int, out: int, kernel: tuple[int, int] = (3, 3), group: int = 1) -> onnx.ModelProto:
     """Not a first layer."""
     net = Net(x=(2, into, 16, 16))
     relu = net.op("Relu", ["x"], "relu")

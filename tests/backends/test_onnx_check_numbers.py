@@ -106,9 +106,7 @@ def conv_axis(axis: int, op: str = "Conv") -> onnx.ModelProto:
     return net.model(net.conv(net.qdq("x"), "conv", weight=net.weight("conv", (32, 32, 3, 3), axis), op=op))
 
 
-def product_axis(
-    axis: int, op: str = "MatMul", *, transposed: bool = False, **attributes: int
-) -> onnx.ModelProto:
+def product_axis(axis: int, op: str = "MatMul", *, transposed: bool = False, **attributes: int) -> onnx.ModelProto:
     net = Net(x=(32, 64))
     weight = net.weight("product", (48, 64) if transposed or attributes else (64, 48), axis)
     if transposed:
@@ -139,9 +137,7 @@ def spelled_by_exporters() -> onnx.ModelProto:
     zero = net.op("Cast", [net.constant("zero64", np.array([0]))], "zero8", to=TensorProto.INT8)
     shape = net.constant("shape", np.array([], np.int64))
     zero = net.op("Reshape", [zero, shape], "zero")
-    integers = net.op(
-        "Cast", [net.op("QuantizeLinear", ["x", scale, zero], "x_q")], "cast", to=TensorProto.INT8
-    )
+    integers = net.op("Cast", [net.op("QuantizeLinear", ["x", scale, zero], "x_q")], "cast", to=TensorProto.INT8)
     bounds = [net.constant(n, np.int8(v)) for n, v in (("low", -127), ("high", 127))]
     clipped = net.op("Clip", [integers, *bounds], "clip")
     model = net.model(net.conv(net.op("DequantizeLinear", [clipped, scale, zero], "x_dq"), "conv"))

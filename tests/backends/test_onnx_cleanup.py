@@ -35,9 +35,7 @@ def run(model: onnx.ModelProto) -> list[np.ndarray]:
     session = ort.InferenceSession(model.SerializeToString(), options)
     random = np.random.default_rng(0)
     feeds = {
-        v.name: (random.standard_normal([d if isinstance(d, int) else 2 for d in v.shape]) * 3).astype(
-            np.float32
-        )
+        v.name: (random.standard_normal([d if isinstance(d, int) else 2 for d in v.shape]) * 3).astype(np.float32)
         for v in session.get_inputs()
     }
     return session.run(None, feeds)
@@ -404,9 +402,7 @@ def test_metadata_survives_in_subgraphs_too() -> None:
     assert [node.metadata_props[0].value for node in held] == ["n0", "n1", "n2"]
 
 
-@pytest.mark.parametrize(
-    "kind", [TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN, TensorProto.INT16]
-)
+@pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN, TensorProto.INT16])
 def test_types_that_numpy_lacks_survive_bit_by_bit(kind: int) -> None:
     array = np.array([[1, 2, 3], [4, 5, 6]]).astype(helper.tensor_dtype_to_np_dtype(kind))
     stored = [
@@ -421,9 +417,7 @@ def test_types_that_numpy_lacks_survive_bit_by_bit(kind: int) -> None:
         helper.make_node("QuantizeLinear", ["a", "s", "z2"], ["q"], name="q"),
         helper.make_node("DequantizeLinear", ["q", "s", "z2"], ["y"], name="y"),
     ]
-    values = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", n]) for name, n in (("x", 2), ("y", 3))
-    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", n]) for name, n in (("x", 2), ("y", 3))]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], stored)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True)

@@ -99,9 +99,7 @@ def test_of_several_nodes_the_last_has_the_plain_name(tmp_path: Path, dynamic_sh
     # The value of a group is called after the FX node; what lies inside it tells so too.
     outputs = [name for node in model.graph.node for name in node.output]
     assert "blocks_0_act" in outputs
-    assert all(
-        name == "output" or name.split(".")[0].startswith(("blocks_0_act", "silu")) for name in outputs
-    )
+    assert all(name == "output" or name.split(".")[0].startswith(("blocks_0_act", "silu")) for name in outputs)
 
 
 def test_hardswish_keeps_its_name_whatever_it_becomes(tmp_path: Path) -> None:
@@ -212,9 +210,7 @@ def test_weights_are_integers_along_the_right_axis(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8), (2, 3, 5, 8)])
-def test_a_linear_layer_reads_its_integers_without_a_transpose(
-    tmp_path: Path, shape: tuple[int, ...]
-) -> None:
+def test_a_linear_layer_reads_its_integers_without_a_transpose(tmp_path: Path, shape: tuple[int, ...]) -> None:
     b = GraphBuilder()
     gm = b.build(b.linear(b.qdq(b.input("x"), 0.02), "head", (8, 6)))
     x = torch.randn(shape)
@@ -561,9 +557,7 @@ def test_a_weight_that_two_layers_share_is_stored_once(tmp_path: Path) -> None:
     one = b.call(F.linear, x, weight, name="one")
     gm = b.build(b.call(F.linear, b.qdq(one, 0.05), weight, name="two"))
     model = export(gm, (torch.randn(2, 4),), tmp_path / "m.onnx")
-    assert (
-        sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in model.graph.initializer) == 1
-    )
+    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in model.graph.initializer) == 1
 
 
 def test_an_operation_without_translation_is_named(tmp_path: Path) -> None:
@@ -646,9 +640,7 @@ def test_the_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
     gm, args = residual_net()
     export(gm, args, tmp_path / "m.onnx")
     (tmp_path / "plain").touch()
-    assert stat.S_IMODE((tmp_path / "m.onnx").stat().st_mode) == stat.S_IMODE(
-        (tmp_path / "plain").stat().st_mode
-    )
+    assert stat.S_IMODE((tmp_path / "m.onnx").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 def test_there_must_be_a_folder(tmp_path: Path) -> None:
@@ -663,9 +655,7 @@ def wide_net(seed: int) -> tuple[fx.GraphModule, tuple[torch.Tensor]]:
     return b.build(b.linear(b.qdq(b.input("x"), 0.02), "wide", (64, 64))), (torch.randn(2, 64),)
 
 
-def test_weights_beyond_the_limit_go_into_one_file_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_beyond_the_limit_go_into_one_file_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     gm, args = wide_net(0)
     export(gm, args, path)
@@ -690,9 +680,7 @@ def test_weights_beyond_the_limit_go_into_one_file_beside(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failure_beyond_the_limit_leaves_both_old_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_beyond_the_limit_leaves_both_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_files, "_LIMIT", 2000)
     path = tmp_path / "m.onnx"
     gm, args = wide_net(0)

@@ -36,9 +36,7 @@ def local_function() -> onnx.ModelProto:
     model = net.model(net.conv("pair", "conv"))
     inner = Net()
     inner.qdq("a")
-    parameters = [
-        helper.make_node("Constant", [], [name], value=tensor) for name, tensor in inner.initializers.items()
-    ]
+    parameters = [helper.make_node("Constant", [], [name], value=tensor) for name, tensor in inner.initializers.items()]
     function = helper.make_function(
         "local", "Pair", ["a"], ["a_dq"], [*parameters, *inner.nodes], [helper.make_opsetid("", 18)]
     )

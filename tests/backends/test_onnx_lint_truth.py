@@ -154,9 +154,7 @@ def test_a_concat_of_equal_scales_stays_in_int8(tmp_path: Path) -> None:
 
 def refused_bias() -> onnx.ModelProto:
     net = Net()
-    bias = net.dq(
-        net.constant("b", np.zeros(32, np.int32)), "b_dq", np.full(32, 1e-4), dtype=np.int32, axis=0
-    )
+    bias = net.dq(net.constant("b", np.zeros(32, np.int32)), "b_dq", np.full(32, 1e-4), dtype=np.int32, axis=0)
     weight = net.weight("conv", (32, 32, 3, 3))
     return net.model(net.op("Conv", [net.qdq("x"), weight, bias], "conv", pads=[1] * 4))
 
@@ -189,9 +187,7 @@ def test_what_is_said_to_be_refused_is(name: str, tmp_path: Path) -> None:
         build(make().SerializeToString(), tmp_path / "net.engine")
 
 
-@pytest.mark.parametrize(
-    ("skip", "dtypes"), [("shared", ["float32", "int8"]), (None, ["float32", "float32"])]
-)
+@pytest.mark.parametrize(("skip", "dtypes"), [("shared", ["float32", "int8"]), (None, ["float32", "float32"])])
 def test_the_skip_is_read_as_the_linter_says(skip: str | None, dtypes: list[str], tmp_path: Path) -> None:
     """The other operand of the addition is the convolution's sum, which this builder stores in float."""
     model = residual(skip)

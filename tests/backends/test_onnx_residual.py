@@ -19,9 +19,7 @@ def pre_activation() -> onnx.ModelProto:
     norm = [net.constant(f"norm{i}", np.ones(32, np.float32)) for i in range(4)]
     stem = net.conv(net.qdq("x"), "stem")
     active = net.op("Relu", [net.op("BatchNormalization", [stem, *norm], "bn1")], "relu1")
-    inner = net.op(
-        "Relu", [net.op("BatchNormalization", [net.conv(net.qdq(active), "conv1"), *norm], "bn2")], "relu2"
-    )
+    inner = net.op("Relu", [net.op("BatchNormalization", [net.conv(net.qdq(active), "conv1"), *norm], "bn2")], "relu2")
     total = net.op("Add", [net.conv(net.qdq(inner), "conv2"), net.qdq("skip")], "add")
     net.nodes.insert(0, helper.make_node("Identity", ["x"], ["skip"], name="skip"))
     return net.model(net.conv(net.qdq(net.op("Relu", [total], "relu3")), "conv3"))
@@ -52,13 +50,9 @@ def convnext() -> onnx.ModelProto:
     """The fork is a convolution, and the branch ends in a product: none can take the addition along."""
     net = Net()
     stem = net.conv(net.qdq("x"), "stem")
-    turned = net.op(
-        "Transpose", [net.conv(net.qdq(stem), "depthwise", group=32)], "turned", perm=[0, 2, 3, 1]
-    )
+    turned = net.op("Transpose", [net.conv(net.qdq(stem), "depthwise", group=32)], "turned", perm=[0, 2, 3, 1])
     wide = net.op("MatMul", [net.qdq(turned), net.weight("wide", (32, 64), 1)], "wide")
-    slim = net.op(
-        "MatMul", [net.qdq(net.op("Gelu", [wide], "gelu")), net.weight("slim", (64, 32), 1)], "slim"
-    )
+    slim = net.op("MatMul", [net.qdq(net.op("Gelu", [wide], "gelu")), net.weight("slim", (64, 32), 1)], "slim")
     back = net.op("Transpose", [slim], "back", perm=[0, 3, 1, 2])
     return net.model(net.op("Add", [stem, back], "add"), opset=20)
 
@@ -89,9 +83,7 @@ class TestResidual:
         ("skip", "conv", "rule"),
         [("shared", False, None), ("shared", True, "R23"), (None, False, "R23"), (None, True, "R23 or R25")],
     )
-    def test_edges(
-        self, skip: str | None, conv: bool, rule: str | None, downsample: bool, swapped: bool
-    ) -> None:
+    def test_edges(self, skip: str | None, conv: bool, rule: str | None, downsample: bool, swapped: bool) -> None:
         findings = lint_onnx(residual(skip, conv=conv, downsample=downsample, swapped=swapped))
         if rule == "R23 or R25":
             rule = "R25" if downsample else "R23"
@@ -109,9 +101,7 @@ class TestResidual:
         net = Net()
         weights = [net.float_weight(f"conv{i}", (32, 32, 3, 3)) for i in range(2)]
         inner = net.op("Relu", [net.conv("x", "conv1", weight=weights[0])], "relu1")
-        assert not lint_onnx(
-            net.model(net.op("Add", [net.conv(inner, "conv2", weight=weights[1]), "x"], "add"))
-        )
+        assert not lint_onnx(net.model(net.op("Add", [net.conv(inner, "conv2", weight=weights[1]), "x"], "add")))
 
     def test_a_skip_whose_pool_is_moved_twice_is_float(self) -> None:
         """The pool's result has a quantizer, and the addition reads it in front of that."""
@@ -129,9 +119,7 @@ class TestResidual:
         assert not lint_onnx(net.model(net.op("Add", [net.qdq(left), right], "add")))
 
     @given(data=st.data(), blocks=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=4))
-    def test_one_wrong_block_among_right_ones(
-        self, data: st.DataObject, blocks: list[tuple[bool, bool]]
-    ) -> None:
+    def test_one_wrong_block_among_right_ones(self, data: st.DataObject, blocks: list[tuple[bool, bool]]) -> None:
         """Blocks are (downsample, swapped); one of them gets one mistake."""
         wrong = data.draw(st.integers(0, len(blocks) - 1))
         mistake = data.draw(st.sampled_from(["none", "no skip", "both edges"]))
@@ -148,9 +136,5 @@ class TestResidual:
                 skip = f"down{i}" if downsample else tensor
             tensor = net.op("Add", [skip, branch] if swapped else [branch, skip], f"add{i}")
             tensor = net.op("Relu", [tensor], f"relu{i}.2")
-        found = [
-            (f.rule, f.node)
-            for f in lint_onnx(net.model(net.conv(net.qdq(tensor), "tail")))
-            if f.rule != "R31"
-        ]
+        found = [(f.rule, f.node) for f in lint_onnx(net.model(net.conv(net.qdq(tensor), "tail"))) if f.rule != "R31"]
         assert found == ([] if mistake == "none" else [("R23", f"add{wrong}")])

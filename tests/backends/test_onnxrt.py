@@ -169,9 +169,7 @@ def test_fp8_tensors_go_in_and_out(tmp_path: Path) -> None:
 
 def test_weights_beside_the_file_are_found(residual: Path, tmp_path: Path) -> None:
     path = tmp_path / "external.onnx"
-    onnx.save(
-        onnx.load(residual), path, save_as_external_data=True, location="weights.bin", size_threshold=64
-    )
+    onnx.save(onnx.load(residual), path, save_as_external_data=True, location="weights.bin", size_threshold=64)
     x = torch.randn(2, 3, 8, 8)
     expected = Session(residual, optimize=False).run(x)[0]
     session = Session(path, optimize=False)

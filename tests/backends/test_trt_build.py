@@ -28,9 +28,7 @@ WEIGHTED = ["stem", "conv1", "conv2", "conv3", "fc"]
 
 def onnx_sources(engine: Engine) -> list[str]:
     """The weighted ONNX node that each weighted kernel came from, in order."""
-    return [
-        next(name for name in kernel.onnx_nodes if name in WEIGHTED) for kernel in engine.weighted_kernels
-    ]
+    return [next(name for name in kernel.onnx_nodes if name in WEIGHTED) for kernel in engine.weighted_kernels]
 
 
 def residual_kernel(engine: Engine) -> list[str]:
@@ -90,9 +88,7 @@ class TestKernels:
         )
         assert "MinShape: [2,16,16,16], OptShape: [3,16,16,16], MaxShape: [5,16,16,16]" in log.read_text()
 
-    def test_options_reach_the_builder(
-        self, tmp_path: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_options_reach_the_builder(self, tmp_path: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
         configure = trt_build._configure
 
@@ -123,9 +119,7 @@ class TestKernels:
 
     def test_weights_beside_the_file_are_found(self, tmp_path: Path) -> None:
         path = tmp_path / "net.onnx"
-        onnx.save(
-            residual_model(1), path, save_as_external_data=True, location="net.weights", size_threshold=64
-        )
+        onnx.save(residual_model(1), path, save_as_external_data=True, location="net.weights", size_threshold=64)
         assert (tmp_path / "net.weights").exists()
         assert len(build(path, tmp_path / "net.engine").int8_kernels) == 5
 
@@ -186,9 +180,7 @@ class TestErrors:
         net = QdqModel(batch=1)
         half = net.constant("half", np.ones((1, 16, 16, 16), np.float16))
         net.op("Add", ["x", half], "adder")
-        with pytest.raises(
-            BuildError, match=r"(?s)adder \(Add\), from net.adder at net.py:1.*Float and Half"
-        ):
+        with pytest.raises(BuildError, match=r"(?s)adder \(Add\), from net.adder at net.py:1.*Float and Half"):
             build(net.model("adder", (1, 16, 16, 16)).SerializeToString(), tmp_path / "net.engine")
 
     @pytest.mark.usefixtures("trt")
@@ -263,9 +255,7 @@ class TestErrors:
         with pytest.raises(BuildError, match="0 to 5"):
             build(residual_model(1).SerializeToString(), tmp_path / "net.engine", optimization_level=level)
 
-    def test_without_tensorrt_says_what_to_install(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_tensorrt_says_what_to_install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", None)
         with pytest.raises(MissingDependencyError, match=r"fxq\[trt\]"):
             build(residual_model(1).SerializeToString(), tmp_path / "net.engine")
@@ -300,11 +290,7 @@ class TestRun:
         used = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
-                base = (
-                    node.value.attr
-                    if isinstance(node.value, ast.Attribute)
-                    else getattr(node.value, "id", "")
-                )
+                base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
                 if base in owners:
                     used.add((base, node.attr))
         assert len(used) > 15
@@ -321,9 +307,7 @@ class TestRun:
         onnx.save(residual_model(), path)
         engine = build(path, tmp_path / "net.engine")
         x = torch.randn(batch, 16, 16, 16)
-        (expected,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
-            None, {"x": x.numpy()}
-        )
+        (expected,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
         got = engine.run({"x": x})["fc"].cpu()
         reference = torch.from_numpy(expected)
         noise = (got - reference).square().mean()

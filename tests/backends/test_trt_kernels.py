@@ -24,12 +24,8 @@ def line(name: str, kind: str, inputs: str, constants: str, outputs: str, metada
 
 X = " " + tensor("x", "8,16,4,4", "Int8")
 WEIGHT = " " + tensor("w", "32,16,3,3", "Int8") + ", " + tensor("scale", "1,32,1,1", "Float")
-CONV = line(
-    "conv_0", "correlation", X, WEIGHT, " " + tensor("y", "8,32,4,4", "Float"), "[ONNX Layer: layer1.0/conv]"
-)
-TAIL = (
-    "\n\nI/O Tensors:\n Name: x, IOMode: Input, DataType: Float, Dimensions: [8,16,4,4]\n\nEngine Metadata:\n"
-)
+CONV = line("conv_0", "correlation", X, WEIGHT, " " + tensor("y", "8,32,4,4", "Float"), "[ONNX Layer: layer1.0/conv]")
+TAIL = "\n\nI/O Tensors:\n Name: x, IOMode: Input, DataType: Float, Dimensions: [8,16,4,4]\n\nEngine Metadata:\n"
 
 
 def read(*lines: str) -> tuple[LayerInfo, ...]:
@@ -154,9 +150,7 @@ INSPECTOR_10: dict[str, Any] = {
         {
             "Name": "Reformatting CopyNode for Input Tensor 0 to conv1",
             "LayerType": "Reformat",
-            "Inputs": [
-                {"Name": "x", "Dimensions": [8, 16, 4, 4], "Format/Datatype": "Row major linear FP32 format"}
-            ],
+            "Inputs": [{"Name": "x", "Dimensions": [8, 16, 4, 4], "Format/Datatype": "Row major linear FP32 format"}],
             "Outputs": [
                 {
                     "Name": "x8",

@@ -21,9 +21,7 @@ def test_static_inputs_need_none() -> None:
 
 
 def test_default_is_the_batch_alone() -> None:
-    assert profile_shapes({"x": (-1, 3, 4), "fixed": (1, 4)}, None) == {
-        "x": ((1, 3, 4), (8, 3, 4), (32, 3, 4))
-    }
+    assert profile_shapes({"x": (-1, 3, 4), "fixed": (1, 4)}, None) == {"x": ((1, 3, 4), (8, 3, 4), (32, 3, 4))}
 
 
 def test_ranges_of_the_caller_are_taken_as_they_are() -> None:

@@ -53,9 +53,7 @@ def prepared(method: str = "max") -> fx.GraphModule:
             continue
         node.meta[ORIGIN] = Origin(module_path=f"net.{node.name}", source="net.py:7")
         weight = node.op == "get_attr"
-        quantizer = Quantizer(
-            spec, tensor=node.name, axis=0 if weight else None, tie=PLACES[node.name], weight=weight
-        )
+        quantizer = Quantizer(spec, tensor=node.name, axis=0 if weight else None, tie=PLACES[node.name], weight=weight)
         gm.add_submodule(f"quantizers.{node.name}", quantizer)
         with gm.graph.inserting_after(node):
             call = gm.graph.call_module(f"quantizers.{node.name}", (node,))
@@ -139,9 +137,7 @@ def test_a_tensor_alone_is_one_batch() -> None:
     gm.add_submodule("quantizers", nn.Module())
     gm.add_submodule(
         "quantizers.input_1",
-        Quantizer(
-            QSpec("int8", symmetric=True, granularity="per-tensor", method="max"), tensor="input_1", axis=None
-        ),
+        Quantizer(QSpec("int8", symmetric=True, granularity="per-tensor", method="max"), tensor="input_1", axis=None),
     )
     node = next(iter(gm.graph.nodes))
     with gm.graph.inserting_after(node):
@@ -273,9 +269,7 @@ def test_quantizers_that_see_nothing_are_all_named() -> None:
     gm = prepared()
     for name in ("relu", "sqrt"):
         gm.quantizers.get_submodule(name).forward = lambda x: x  # type: ignore[method-assign]
-    with pytest.raises(
-        CalibrationError, match=r"2 quantizers saw no data: relu \(net.relu\), sqrt \(net.sqrt\)"
-    ):
+    with pytest.raises(CalibrationError, match=r"2 quantizers saw no data: relu \(net.relu\), sqrt \(net.sqrt\)"):
         calibrate(gm, [batch()])
     assert not quantizers(gm)["x"].solved
 
@@ -299,9 +293,7 @@ def test_inf_before_nan_is_told() -> None:
     x, y = data[1]
     x[:2] = prepared().weight[0] * 5
     y[:2, 0] = torch.tensor([0.0, -1.0])
-    with pytest.raises(
-        CalibrationError, match=r"batch 1: NaN first comes up in sqrt, and Inf before it in truediv"
-    ):
+    with pytest.raises(CalibrationError, match=r"batch 1: NaN first comes up in sqrt, and Inf before it in truediv"):
         calibrate(prepared(), data)
 
 
@@ -345,9 +337,7 @@ def test_infinite_masks_off_the_quantized_paths_are_fine() -> None:
     softmax = next(n for n in gm.graph.nodes if n.name == "softmax")
     gm.add_submodule(
         "quantizers.softmax",
-        Quantizer(
-            QSpec("int8", symmetric=True, granularity="per-tensor", method="max"), tensor="softmax", axis=None
-        ),
+        Quantizer(QSpec("int8", symmetric=True, granularity="per-tensor", method="max"), tensor="softmax", axis=None),
     )
     with gm.graph.inserting_after(softmax):
         call = gm.graph.call_module("quantizers.softmax", (softmax,))
@@ -415,9 +405,7 @@ def test_the_report_prints_as_a_table() -> None:
     assert max(map(len, text.splitlines())) <= 118
 
 
-def test_progress_is_for_terminals(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate(prepared(), [batch()])
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

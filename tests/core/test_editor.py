@@ -127,9 +127,7 @@ def test_methods_and_keywords(editor: Editor) -> None:
     editor.set_arg(conv, 0, named(editor, "y"))
     assert (node.target, conv.kwargs["groups"], conv.args[0]) == ("relu", 3, named(editor, "y"))
     assert editor.counts == {"retargeted": 1, "rewired": 2}
-    editor.map_args(
-        named(editor, "cat"), {named(editor, "norm"): node, named(editor, "conv_1"): conv}.__getitem__
-    )
+    editor.map_args(named(editor, "cat"), {named(editor, "norm"): node, named(editor, "conv_1"): conv}.__getitem__)
     assert named(editor, "cat").args[0] == [node, conv]
     assert editor.counts["rewired"] == 3
 

@@ -24,9 +24,7 @@ from fxq.histogram import (
     sample,
 )
 
-VALUES = hnp.arrays(
-    np.float32, st.integers(1, 60), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
-)
+VALUES = hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
 
 
 def reference(x: np.ndarray, power: int, *, symmetric: bool) -> np.ndarray:

@@ -197,9 +197,7 @@ def test_a_dump_shows_what_changed() -> None:
         f"== after changing-scaled{{factor=2.0}}: created 1, rewired 1\n"
         f"{format_graph(ChangingScaled(2.0)(gm).graph_module)}\n"
     )
-    assert dumped(pipeline, every=True).startswith(
-        "== functionalize: nothing changed\n== before changing-scaled"
-    )
+    assert dumped(pipeline, every=True).startswith("== functionalize: nothing changed\n== before changing-scaled")
     assert dumped(pipeline, only=["functionalize"]) == ""
     assert dumped(pipeline, only=["functionalize"], every=True) == "== functionalize: nothing changed\n"
 
@@ -222,10 +220,7 @@ def test_a_dump_of_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
         PassManager(instruments=[Dump()]).run(Pipeline("p", (PREPARE.passes[0], Broken())), small())
     out = capsys.readouterr().out
     assert out.startswith("== before broken\n%x = placeholder()")
-    assert (
-        "== broken failed: pass broken left an illegal graph: the graph is not functional: relu changes"
-        in out
-    )
+    assert "== broken failed: pass broken left an illegal graph: the graph is not functional: relu changes" in out
     assert out.endswith("return %add\n")
 
 
@@ -378,8 +373,7 @@ def test_the_table() -> None:
     assert by_name["advise"].verify_seconds == 0
     assert by_name["insert-quantizers"].verify_seconds > 0
     assert (
-        by_name["insert-quantizers"].nodes
-        == by_name["annotate"].nodes + by_name["insert-quantizers"].counts["created"]
+        by_name["insert-quantizers"].nodes == by_name["annotate"].nodes + by_name["insert-quantizers"].counts["created"]
     )
     total = sum(run.seconds for run in manager.log) * 1e3
     assert lines[-1].split()[1] == f"{total:.1f}"

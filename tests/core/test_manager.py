@@ -218,9 +218,7 @@ def test_verification_names_pass_and_node() -> None:
     assert caught.value.node == "relu"
     assert "toys.py:" in str(caught.value.source)
     (note,) = caught.value.__notes__
-    assert (
-        note == "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, canonicalize"
-    )
+    assert note == "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, canonicalize"
 
 
 def test_verification_can_be_turned_off() -> None:

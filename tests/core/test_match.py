@@ -88,9 +88,7 @@ def test_true_is_not_one() -> None:
 
 
 def test_constants() -> None:
-    g = graph(
-        lambda m, x: (x * m.one_half) * m.scales, one_half=torch.tensor(0.5), scales=torch.ones(4, 1, 1)
-    )
+    g = graph(lambda m, x: (x * m.one_half) * m.scales, one_half=torch.tensor(0.5), scales=torch.ones(4, 1, 1))
     assert found(g, Pattern(Op("mul", Var(), Constant(equals=0.5)))) == [["mul"]]
     assert found(g, Pattern(Op("mul", Var(), Constant(where=lambda t: t.dim() == 3)))) == [["mul_1"]]
     assert found(g, Pattern(Op("mul", Constant("c")))) == []
@@ -111,9 +109,7 @@ def test_functions_methods_and_modules_of_a_graph_that_is_not_canonical() -> Non
 
 
 def test_arguments_are_matched_in_their_canonical_order_however_they_were_written() -> None:
-    g = traced(
-        Lambda(lambda m, x: F.conv2d(weight=m.w, input=x, stride=2), w=torch.randn(4, 4, 1, 1)), X
-    ).graph
+    g = traced(Lambda(lambda m, x: F.conv2d(weight=m.w, input=x, stride=2), w=torch.randn(4, 4, 1, 1)), X).graph
     assert found(g, Pattern(Op("conv2d", Var("x"), Constant("w"), None, stride=(2, 2)))) == [["conv2d"]]
 
 
@@ -132,9 +128,7 @@ def test_commutative_operands() -> None:
 
 def test_alternatives_keep_their_order() -> None:
     g = graph(lambda _, x: F.relu6(x) + F.silu(x))
-    pattern = Pattern(
-        Op("add", OneOf(Op("silu", name="s"), Op("relu6", name="r")), OneOf(Op("silu", name="t")))
-    )
+    pattern = Pattern(Op("add", OneOf(Op("silu", name="s"), Op("relu6", name="r")), OneOf(Op("silu", name="t"))))
     (match,) = find(g, pattern).matches
     assert (match.get("s"), match["r"].name, match["t"].name) == (None, "relu6", "silu")
 
@@ -155,9 +149,7 @@ def test_one_part_twice_is_one_node() -> None:
 
 def split() -> Pattern:
     halves = Op("chunk", Var("x"), name="halves")
-    return Pattern(
-        Op("relu", Op("getitem", halves, 0), name="a"), Op("sigmoid", Op("getitem", halves, 1), name="b")
-    )
+    return Pattern(Op("relu", Op("getitem", halves, 0), name="a"), Op("sigmoid", Op("getitem", halves, 1), name="b"))
 
 
 def test_several_outputs() -> None:
@@ -280,18 +272,13 @@ def test_a_check_that_declines_leaves_the_nodes_to_others() -> None:
 
 
 def test_the_nearest_miss() -> None:
-    g = graph(
-        lambda m, x: torch.relu(m.a(x) + x) + torch.relu(m.b(x).abs()) + torch.relu(x), a=conv(), b=conv()
-    )
+    g = graph(lambda m, x: torch.relu(m.a(x) + x) + torch.relu(m.b(x).abs()) + torch.relu(x), a=conv(), b=conv())
     pattern = Pattern(Op("relu", Op("add", Op("conv2d"), Op("conv2d"))))
     text = explain(g, pattern)
     assert text.startswith("0 matches\nnearest miss at relu (")
     assert "test_match.py:" in text
     assert text.endswith("x is no call of conv2d")
-    assert (
-        explain(g, Pattern(Op("silu")))
-        == "0 matches\nno node comes near; the graph calls abs, add, conv2d, relu"
-    )
+    assert explain(g, Pattern(Op("silu"))) == "0 matches\nno node comes near; the graph calls abs, add, conv2d, relu"
     assert explain(g, Pattern(Op("conv2d"))) == "2 matches\n  at a\n  at b"
 
 

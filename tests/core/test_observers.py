@@ -286,9 +286,7 @@ def test_the_method_chooses_the_observer(method: str, kind: type[Observer]) -> N
             amin, amax = made.compute(Method(name), spec(method, symmetric=False))
             assert amin <= amax
         else:
-            with pytest.raises(
-                CalibrationError, match=f"cannot answer the method '{name}'.*\n.*prepare with"
-            ):
+            with pytest.raises(CalibrationError, match=f"cannot answer the method '{name}'.*\n.*prepare with"):
                 made.compute(Method(name), spec(method))
     assert method in made.methods
 

@@ -34,9 +34,7 @@ def node(op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any
     graph = fx.Graph()
     x = graph.placeholder("x")
     swap = lambda a: x if a is ... else a  # noqa: E731
-    made = graph.create_node(
-        op, target, tuple(map(swap, args)), {k: swap(v) for k, v in (kwargs or {}).items()}
-    )
+    made = graph.create_node(op, target, tuple(map(swap, args)), {k: swap(v) for k, v in (kwargs or {}).items()})
     graph.output(made)
     return made
 

@@ -29,9 +29,7 @@ def test_package_of_another_name_is_told() -> None:
     assert caught.value.hint == "pip install no-such-dist"
 
 
-def test_module_that_breaks_on_import_is_not_called_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_module_that_breaks_on_import_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_installed_module.py").write_text("import the_library_it_needs\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingDependencyError, match=r"installed but does not load: .*the_library_it_needs"):

@@ -125,9 +125,7 @@ def test_a_scale_shows_where_it_is_used_and_its_buffer_does_not() -> None:
     assert before.count("= quantize(") == 5
     assert before.count("= dequantize(") == 10
     quantized.get_buffer("quantizers.view.scale").mul_(2)
-    changed = [
-        a for a, b in zip(before.splitlines(), format_graph(quantized).splitlines(), strict=True) if a != b
-    ]
+    changed = [a for a, b in zip(before.splitlines(), format_graph(quantized).splitlines(), strict=True) if a != b]
     assert [row.split(" ")[0] for row in changed] == ["%view_quantize", "%view_dequantize"]
 
 

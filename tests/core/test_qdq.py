@@ -182,9 +182,7 @@ def test_types_of_x_and_scale_are_independent(x_type: torch.dtype) -> None:
 @pytest.mark.parametrize("axis", [None, 1])
 @pytest.mark.parametrize("x_type", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("train", [False, True])
-def test_fake_quantize_is_the_pair_bit_for_bit(
-    dtype: str, axis: int | None, x_type: torch.dtype, train: bool
-) -> None:
+def test_fake_quantize_is_the_pair_bit_for_bit(dtype: str, axis: int | None, x_type: torch.dtype, train: bool) -> None:
     for seed in range(3):
         x, scale, zero = case(seed, dtype, axis)
         x = torch.cat([x, -x * 1e-9, torch.zeros_like(x)]).to(x_type)  # rounds to zero from both sides
@@ -256,9 +254,7 @@ class Pair(torch.nn.Module):
         return DEQUANTIZE(q, self.scale, self.zero_point, self.axis) + 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
-)  # torch.export's own
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")  # torch.export's own
 @pytest.mark.parametrize("axis", [None, 1])
 def test_export_keeps_the_operators_whole(axis: int | None) -> None:
     model, x = Pair(axis), torch.randn(4, 3, 5)

@@ -72,9 +72,7 @@ def test_small_and_huge_ranges_keep_their_scale() -> None:
     assert solved(-largest, largest, spec("uint8", symmetric=False))[0] == pytest.approx(2 * largest / 255)
 
 
-@given(
-    low=st.floats(-1e6, 1e6, width=32), width=st.floats(0, 1e6, width=32), dtype=st.sampled_from(list(DTYPES))
-)
+@given(low=st.floats(-1e6, 1e6, width=32), width=st.floats(0, 1e6, width=32), dtype=st.sampled_from(list(DTYPES)))
 def test_zero_is_exact_and_the_range_is_covered(low: float, width: float, dtype: str) -> None:
     to = DTYPES[dtype]
     for symmetric in {True, to.floating}:

@@ -65,9 +65,7 @@ def test_over_fills_what_is_open() -> None:
     assert QSpec(symmetric=False).over(FULL).symmetric is False
     # FP8 has no zero point, whatever the default is.
     assert (
-        QSpec("float8_e4m3fn")
-        .over(QSpec("uint8", symmetric=False, granularity="per-tensor", method="max"))
-        .symmetric
+        QSpec("float8_e4m3fn").over(QSpec("uint8", symmetric=False, granularity="per-tensor", method="max")).symmetric
         is True
     )
 

@@ -27,9 +27,7 @@ def with_scales(gm: fx.GraphModule) -> fx.GraphModule:
     for index, quantizer in enumerate(quantizers(gm).values()):
         node = next(n for n in gm.graph.nodes if n.name == quantizer.tensor)
         channels = () if quantizer.axis is None else (node.meta["tensor"].shape[quantizer.axis],)
-        quantizer.set_parameters(
-            torch.full(channels, 0.5 / (index + 1)), torch.zeros(channels, dtype=torch.int32)
-        )
+        quantizer.set_parameters(torch.full(channels, 0.5 / (index + 1)), torch.zeros(channels, dtype=torch.int32))
     return gm
 
 
@@ -178,14 +176,9 @@ def test_excluded_operations() -> None:
     report = fxq.report(prepared(basic_net(), image(*X), recipe=recipe))
     conv, add = row(report, "blocks_0_bn2"), row(report, "blocks_0_add")
     assert (conv.precision, conv.low) == ("float", False)
-    assert {(e.spec, e.quantized, e.rule, e.reason) for e in conv.edges} == {
-        ("float", False, "recipe", "it hurts")
-    }
+    assert {(e.spec, e.quantized, e.rule, e.reason) for e in conv.edges} == {("float", False, "recipe", "it hurts")}
     assert (add.precision, add.edges) == ("float", ())
-    assert (
-        report.summary()
-        == "prepared for tensorrt: 6 of 7 weighted operations and 1 of 2 residual skips quantized"
-    )
+    assert report.summary() == "prepared for tensorrt: 6 of 7 weighted operations and 1 of 2 residual skips quantized"
 
 
 def test_half_an_operation_is_float() -> None:
@@ -232,9 +225,7 @@ def test_modules_kept_whole() -> None:
     assert "trace into a subclass" in note.text
     assert report.totals.weighted == 6 + int(count)
     assert report.totals.weighted_quantized == 4
-    lstm = fxq.report(
-        prepared(seeded(lambda: Lambda(lambda m, x: m.l(x)[0], l=nn.LSTM(4, 4))), image(3, 2, 4))
-    )
+    lstm = fxq.report(prepared(seeded(lambda: Lambda(lambda m, x: m.l(x)[0], l=nn.LSTM(4, 4))), image(3, 2, 4)))
     assert [(r.kind, r.weighted) for r in lstm.rows] == [("LSTM", 1)]
 
 
@@ -267,9 +258,7 @@ def test_totals_of_a_residual_network() -> None:
     assert stored == weights
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size"), [("int4", 40), ("float8_e4m3fn", 80), ("int16", 160), ("uint4", 40)]
-)
+@pytest.mark.parametrize(("dtype", "size"), [("int4", 40), ("float8_e4m3fn", 80), ("int16", 160), ("uint4", 40)])
 def test_bytes_of_other_types(dtype: str, size: int) -> None:
     """Types of 4 bits are counted packed, as they are in a file (R12)."""
     recipe = Recipe([Rule("*", EdgeSpecs(weight=QSpec(dtype, granularity="per-tensor")))])

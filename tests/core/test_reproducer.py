@@ -119,9 +119,7 @@ def test_the_rebuilt_graph_is_the_one_that_failed(tmp_path: Path, monkeypatch: p
         assert (held.properties, held.target, held.recipe, held.notes) == (
             had.properties, had.target, had.recipe, had.notes,
         )  # fmt: skip
-        assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {
-            k: v.shape for k, v in gm.state_dict().items()
-        }
+        assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in gm.state_dict().items()}
         assert [n.meta["origin"].source for n in rebuilt.graph.nodes] == [
             n.meta["origin"].source for n in gm.graph.nodes
         ]
@@ -185,9 +183,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert "has no name at the top of a module" in error.__notes__[-1]
     whole = traced(Lambda(lambda m, x: m.own(x), own=Own()), image(2, 3), options={"leaf_modules": [Own]})
     error = failing(Bug(), whole, tmp_path)
-    assert (
-        error.__notes__[-1] == "no reproducer was saved: module own is a Own, which cannot be written as text"
-    )
+    assert error.__notes__[-1] == "no reproducer was saved: module own is a Own, which cannot be written as text"
     assert list(tmp_path.iterdir()) == []
 
 

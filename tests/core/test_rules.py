@@ -52,11 +52,7 @@ class TestTable:
             *ROOT.glob("backends/*.py"),
             *ROOT.glob("backends/*.yaml"),
         ]
-        cited = {
-            rule: file.name
-            for file in rooms
-            for rule in CITED.findall(strip_examples(file.read_text("utf-8")))
-        }
+        cited = {rule: file.name for file in rooms for rule in CITED.findall(strip_examples(file.read_text("utf-8")))}
         assert {"R20", "R23", "R27"} <= set(cited)
         assert {rule: file for rule, file in cited.items() if rule not in RULES} == {}
 
@@ -65,9 +61,7 @@ class TestTable:
         if golden.settings.update:
             page.parent.mkdir(exist_ok=True)
             page.write_text(rules_as_markdown(), encoding="utf-8")
-        assert page.read_text(encoding="utf-8") == rules_as_markdown(), (
-            "run: python -m fxq.rules > docs/rules.md"
-        )
+        assert page.read_text(encoding="utf-8") == rules_as_markdown(), "run: python -m fxq.rules > docs/rules.md"
 
     def test_the_page_has_every_rule_and_every_field(self) -> None:
         text = " ".join(rules_as_markdown().split())
@@ -173,9 +167,7 @@ class TestRegistry:
         assert check("fx", "R20")(nothing) is nothing
 
     @pytest.mark.parametrize("named", [(), ("R20", "R99")])
-    def test_a_check_of_no_rule_is_an_error(
-        self, named: tuple[str, ...], registry: list[rules.Check]
-    ) -> None:
+    def test_a_check_of_no_rule_is_an_error(self, named: tuple[str, ...], registry: list[rules.Check]) -> None:
         with pytest.raises(FxqError, match=r"a check for (no rule|R99)"):
             check("onnx", *named)
         assert registry == []

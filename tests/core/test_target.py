@@ -44,9 +44,7 @@ def test_tensorrt() -> None:
     for spec, granularity in ((target.activation, PerTensor()), (target.weight, PerChannel())):
         assert (spec.dtype, spec.symmetric, spec.granularity) == (DTYPES["int8"], True, granularity)
         assert spec.complete
-    assert target.ops["conv2d"] == OpPlacement(
-        inputs=(0,), weight=1, weight_axis=0, reason=target.ops["conv2d"].reason
-    )
+    assert target.ops["conv2d"] == OpPlacement(inputs=(0,), weight=1, weight_axis=0, reason=target.ops["conv2d"].reason)
     assert target.ops["conv_transpose2d"].weight_axis == 1  # R16
     assert target.ops["conv_transpose2d"].grouped_per_tensor
     assert target.ops["matmul"].inputs == (0, 1)

@@ -90,9 +90,7 @@ def test_entropy_equals_a_plain_loop(name: str, kind: str) -> None:
     width, zero = float(observer.width), bins.zero
     levels = {"int8": 128, "uint8": 256, "int4": 8}[kind]
     least, best = np.inf, np.inf
-    step = (
-        7  # every candidate would take minutes: the solver's own winner is checked against these and itself
-    )
+    step = 7  # every candidate would take minutes: the solver's own winner is checked against these and itself
     low_bin = min(int(np.floor(float(observer.amin) / width)), 0) + zero if zero else 0
     reach = float(torch.maximum(observer.amax, -observer.amin)) if not zero else float(observer.amax)
     high_bin = max(int(np.floor(reach / width)) + 1, 0) + zero
@@ -230,9 +228,7 @@ def test_zeros_do_not_steer() -> None:
     dense = torch.randn(20000).relu()
     padded = torch.cat([dense, torch.zeros(200_000)])
     for method in ("entropy", "mse"):
-        ranges = [
-            bins_of(x, SPECS["int8"])[0].compute(Method(method), SPECS["int8"]) for x in (dense, padded)
-        ]
+        ranges = [bins_of(x, SPECS["int8"])[0].compute(Method(method), SPECS["int8"]) for x in (dense, padded)]
         assert ranges[0] == ranges[1]
 
 

@@ -52,9 +52,7 @@ def same(gm: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) ->
 
 def line_of(text: str) -> str:
     """``file:line`` of the only line of this file that ends in the marker `text`."""
-    (number,) = [
-        i for i, row in enumerate(Path(__file__).read_text().splitlines(), 1) if row.endswith(f"# {text}")
-    ]
+    (number,) = [i for i, row in enumerate(Path(__file__).read_text().splitlines(), 1) if row.endswith(f"# {text}")]
     return f"{__file__}:{number}"
 
 
@@ -94,9 +92,7 @@ class TestInputs:
 
     def test_keyword_only_defaults_and_several(self) -> None:
         class Many(nn.Module):
-            def forward(
-                self, x: Tensor, scale: float = 2.0, *, mask: Tensor | None = None, shift: Any = 1
-            ) -> Any:
+            def forward(self, x: Tensor, scale: float = 2.0, *, mask: Tensor | None = None, shift: Any = 1) -> Any:
                 x = x * scale + shift
                 return x if mask is None else x * mask
 
@@ -472,9 +468,9 @@ def test_the_trace_does_not_depend_on_who_calls() -> None:
     module.__dict__["traced"] = traced
     exec("def call(model, x):\n    return traced(model, x)\n", module.__dict__)
     gm = module.call(LeNet().eval(), image(1, 1, 28, 28))
-    assert {
-        Path((origin(n).source or "").rpartition(":")[0]).name for n in gm.graph.nodes if origin(n).source
-    } == {"toys.py"}
+    assert {Path((origin(n).source or "").rpartition(":")[0]).name for n in gm.graph.nodes if origin(n).source} == {
+        "toys.py"
+    }
 
 
 TORCHVISION: dict[str, tuple[int, dict[str, Any]]] = {

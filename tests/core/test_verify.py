@@ -134,19 +134,14 @@ def test_annotated() -> None:
     }
     for message, (edge, annotation) in cases.items():
         gm = before("insert-quantizers", lenet(), image(1, 1, 28, 28))
-        assert (
-            breach(change(gm, "relu", edge, annotation)).message
-            == f"the graph is not annotated: relu {message}"
-        )
+        assert breach(change(gm, "relu", edge, annotation)).message == f"the graph is not annotated: relu {message}"
 
 
 def test_observed_second_quantizer() -> None:
     gm = observed()
     editor = Editor(gm)
     tensor = node(gm, "stem_2")
-    editor.set_module(
-        "quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None)
-    )
+    editor.set_module("quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None))
     with editor.after(tensor):
         editor.call_module("quantizers.again", (tensor,), like=tensor)
     assert "is a second quantizer on one tensor (R29)" in breach(gm).message
@@ -156,9 +151,7 @@ def test_observed_quantizer_of_a_quantizer() -> None:
     gm = observed()
     editor = Editor(gm)
     inner = node(gm, "stem_2_quantizer")
-    editor.set_module(
-        "quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None)
-    )
+    editor.set_module("quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None))
     with editor.after(inner):
         editor.call_module("quantizers.again", (inner,), like=inner)
     assert "quantizes what is quantized already" in breach(gm).message

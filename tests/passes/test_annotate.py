@@ -143,9 +143,7 @@ def test_logits_and_biases_stay_float() -> None:
 
 
 def test_a_computed_weight_declines() -> None:
-    model = seeded(
-        lambda: Lambda(lambda m, x: F.conv2d(x, m.conv.weight * 2, m.conv.bias), conv=nn.Conv2d(3, 4, 3))
-    )
+    model = seeded(lambda: Lambda(lambda m, x: F.conv2d(x, m.conv.weight * 2, m.conv.bias), conv=nn.Conv2d(3, 4, 3)))
     result = check_pass(Annotate(), before("annotate", model, image(1, 3, 8, 8)))
     assert not result.modified
     (note,) = result.notes
@@ -255,9 +253,7 @@ def test_edge_specs_quantize_what_the_target_leaves_float() -> None:
         Rule("op:max_pool2d", EdgeSpecs(input=QSpec(), weight="keep")),
     )
     gm = annotated(lenet(), image(*DIGITS), recipe=recipe)
-    assert [decided(gm, n.name) for n in of_kind(gm, "relu")] == [
-        {"output": "int8 per-tensor mse recipe"}
-    ] * 4
+    assert [decided(gm, n.name) for n in of_kind(gm, "relu")] == [{"output": "int8 per-tensor mse recipe"}] * 4
     assert [decided(gm, n.name) for n in of_kind(gm, "max_pool2d")] == [{0: "int8 per-tensor mse recipe"}] * 2
 
 
@@ -269,9 +265,7 @@ def test_edge_specs_reach_modules_kept_whole() -> None:
 
 def test_a_parameter_is_a_weight_wherever_it_is_read() -> None:
     model = Lambda(lambda m, x: x * m.gain, gain=nn.Parameter(image(4)))
-    gm = annotated(
-        model, image(2, 4), recipe=rules(Rule("op:mul", EdgeSpecs(weight=QSpec(granularity="per-tensor"))))
-    )
+    gm = annotated(model, image(2, 4), recipe=rules(Rule("op:mul", EdgeSpecs(weight=QSpec(granularity="per-tensor")))))
     (edge,) = decided(gm, "mul")
     assert reads(gm, "mul")[int(edge)] == "gain"
 

@@ -183,9 +183,7 @@ SPELLINGS: dict[str, tuple[Tensor, tuple[Call, ...]]] = {
         (
             lambda x: F.scaled_dot_product_attention(x, x * 2, x),
             lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
-            lambda x: F.scaled_dot_product_attention(
-                query=x, key=x, value=x, attn_mask=image(5, 5), scale=0.3
-            ),
+            lambda x: F.scaled_dot_product_attention(query=x, key=x, value=x, attn_mask=image(5, 5), scale=0.3),
         ),
     ),
     "batch_norm": (
@@ -562,9 +560,7 @@ def test_spellings(name: str) -> None:
         for node in made:
             assert node.target is KINDS[name].target
             names = list(KINDS[name].params)[KINDS[name].tensors :]
-            assert list(node.kwargs) == [
-                n for n in names if n not in KINDS[name].optional or n in node.kwargs
-            ]
+            assert list(node.kwargs) == [n for n in names if n not in KINDS[name].optional or n in node.kwargs]
         assert not Canonicalize()(gm).modified
 
 

@@ -49,9 +49,7 @@ from fxq.verify import is_quantizer
 X = (2, 3, 16, 16)
 
 
-def calibrated(
-    model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt"
-) -> fx.GraphModule:
+def calibrated(model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt") -> fx.GraphModule:
     gm = prepared(model, *args, recipe=recipe, target=target)
     calibrate(gm, [args], progress=False)
     return gm
@@ -72,9 +70,7 @@ def test_golden_and_second_run() -> None:
     """Scales set by hand, so that the text depends on no arithmetic."""
     gm = prepared(basic_net(), image(*X), recipe=MAX)
     for index, quantizer in enumerate(quantizers(gm).values()):
-        channels = (
-            () if quantizer.axis is None else (gm.get_parameter(_weight_path(gm, quantizer.tensor)).shape[0],)
-        )
+        channels = () if quantizer.axis is None else (gm.get_parameter(_weight_path(gm, quantizer.tensor)).shape[0],)
         quantizer.set_parameters(torch.full(channels, 2.0**-index), torch.zeros(channels, dtype=torch.int32))
     result = check_pass(ConvertQuantizers(), gm, "passes/convert_basic")
     assert {"quantized", "observed"} <= state(result.graph_module).properties
@@ -153,9 +149,7 @@ def test_any_spec_on_any_edge(dtype: str, symmetric: bool, output: bool, seed: i
 
 
 def test_output_quantizers() -> None:
-    recipe = Recipe(
-        [Rule("op:relu", EdgeSpecs(output=QSpec(method="max"))), Rule("fc3", EdgeSpecs(output=QSpec()))]
-    )
+    recipe = Recipe([Rule("op:relu", EdgeSpecs(output=QSpec(method="max"))), Rule("fc3", EdgeSpecs(output=QSpec()))])
     gm = calibrated(lenet(), image(2, 1, 28, 28), recipe=recipe)
     quantized = bit_equal(gm, image(2, 1, 28, 28))
     for relu in of_kind(quantized, "relu"):

@@ -62,9 +62,7 @@ def test_two_layers_that_share_a_bias_get_one_each() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(self.layer(x))
 
-    prepared = with_corrections(
-        seeded(Shared), torch.rand(8, 4), layer=torch.ones(4), layer_1=2 * torch.ones(4)
-    )
+    prepared = with_corrections(seeded(Shared), torch.rand(8, 4), layer=torch.ones(4), layer_1=2 * torch.ones(4))
     gm = CorrectBiases()(prepared).graph_module
     nodes = {n.name: n for n in gm.graph.nodes}
     one, two = (nodes[name].args[2] for name in ("layer", "layer_1"))

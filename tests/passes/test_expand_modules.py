@@ -26,9 +26,7 @@ def expanded(model: nn.Module, *inputs: Tensor, golden: str | None = None) -> fx
     """The graph after the pass: no known module is left, numbers are equal to the bit."""
     result = check_pass(ExpandModules(), after(BEFORE, model, *inputs), golden)
     gm = result.graph_module
-    assert not any(
-        type(gm.get_submodule(str(n.target))) in MODULES for n in gm.graph.nodes if n.op == "call_module"
-    )
+    assert not any(type(gm.get_submodule(str(n.target))) in MODULES for n in gm.graph.nodes if n.op == "call_module")
     same(gm, model, *inputs)
     return gm
 
@@ -240,9 +238,7 @@ def test_a_module_called_twice_is_two_nodes_on_one_weight() -> None:
 
 def test_input_by_name() -> None:
     expanded(
-        seeded(
-            lambda: Lambda(lambda m, x: m.same(input=m.fc(input=x)), fc=nn.Linear(4, 4), same=nn.Identity())
-        ),
+        seeded(lambda: Lambda(lambda m, x: m.same(input=m.fc(input=x)), fc=nn.Linear(4, 4), same=nn.Identity())),
         ROWS,
     )
 

@@ -283,9 +283,7 @@ def test_modules() -> None:
 
 
 def test_attributes_of_tensors() -> None:
-    with pytest.raises(
-        TraceError, match=r"(?s)attribute data of a tensor is assigned.*test_functionalize.py:\d+"
-    ):
+    with pytest.raises(TraceError, match=r"(?s)attribute data of a tensor is assigned.*test_functionalize.py:\d+"):
         traced(Program(through_data), image(*X))
 
     def program(x: Tensor) -> Tensor:
@@ -363,9 +361,7 @@ ASSIGNMENTS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "int by a tensor": lambda y, v: operator.setitem(y, -1, v[0]),
     "slice": lambda y, v: operator.setitem(y, slice(1, None), v[:1]),
     "broadcast": lambda y, v: operator.setitem(y, (slice(None), 1), v[0, 0]),
-    "a leading 1": lambda y, v: operator.setitem(
-        y, (0, 0), v[:1, :1, 0].expand(1, 1)[..., None].expand(1, 1, 4)
-    ),
+    "a leading 1": lambda y, v: operator.setitem(y, (0, 0), v[:1, :1, 0].expand(1, 1)[..., None].expand(1, 1, 4)),
     "another dtype": lambda y, v: operator.setitem(y, (..., 0), (v * 9).to(torch.int64)[..., 0]),
     "everything": lambda y, v: operator.setitem(y, slice(None), v),
     "everything by a number": lambda y, v: operator.setitem(y, Ellipsis, 2),
@@ -379,9 +375,7 @@ ASSIGNMENTS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "a mask and a tensor": lambda y, v: operator.setitem(y, MASK, v.flatten()[:8]),
     "an index": lambda y, v: operator.setitem(y, torch.tensor([1, 0]), v),
     "an index and a number": lambda y, v: operator.setitem(y, torch.tensor([1]), 7),
-    "an index of a later dimension": lambda y, v: operator.setitem(
-        y, (slice(None), torch.tensor([2, 0])), v[:, :2]
-    ),
+    "an index of a later dimension": lambda y, v: operator.setitem(y, (slice(None), torch.tensor([2, 0])), v[:, :2]),
     "an int, a slice and an index": lambda y, v: operator.setitem(
         y, (0, slice(None), torch.tensor([2, 0])), v[0, :, :2]
     ),
@@ -389,9 +383,7 @@ ASSIGNMENTS: dict[str, Callable[[Tensor, Tensor], None]] = {
         y, (slice(None), torch.tensor([2, 0]), torch.tensor([1, 3])), v[..., 0, :2]
     ),
     "add to a slice": lambda y, v: operator.setitem(y, (0, slice(1, 3)), operator.iadd(y[0, 1:3], v[0, 1:3])),
-    "add to an index": lambda y, v: operator.setitem(
-        y, torch.tensor([1]), operator.iadd(y[torch.tensor([1])], 3)
-    ),
+    "add to an index": lambda y, v: operator.setitem(y, torch.tensor([1]), operator.iadd(y[torch.tensor([1])], 3)),
     "its own other half": lambda y, v: operator.setitem(y, (slice(None), slice(0, 1)), y[:, 1:2]),
 }
 

@@ -107,9 +107,7 @@ def test_each_call_of_a_shared_layer_has_its_own_fold() -> None:
     def call(m: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([m.first(m.conv(x)), m.second(m.conv(x + 1)), m.conv(x - 1)])
 
-    model = seeded(
-        lambda: Lambda(call, conv=nn.Conv2d(3, 4, 3), first=nn.BatchNorm2d(4), second=nn.BatchNorm2d(4))
-    )
+    model = seeded(lambda: Lambda(call, conv=nn.Conv2d(3, 4, 3), first=nn.BatchNorm2d(4), second=nn.BatchNorm2d(4)))
     gm = fused(model, image(2, 3, 5, 5), golden="passes/fuse_batch_norm_shared")
     weights = {n.name: constant(n.args[1]) for n in of_kind(gm, "conv2d")}
     plain = gm.get_parameter("conv.weight")
@@ -246,6 +244,4 @@ def test_fold_is_exact_in_float64() -> None:
     weight, bias = fold(layer.weight, layer.bias, *args, groups=2, transposed=True)  # type: ignore[arg-type]
     x = image(2, 6, 5, 5).double()
     expected = norm(layer(x))
-    torch.testing.assert_close(
-        F.conv_transpose2d(x, weight, bias, groups=2), expected, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(F.conv_transpose2d(x, weight, bias, groups=2), expected, rtol=1e-12, atol=1e-12)

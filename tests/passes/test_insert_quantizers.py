@@ -119,9 +119,7 @@ def test_the_later_rule_decides_on_a_shared_tensor(order: tuple[str, str]) -> No
     gm = prepared(shared_input(), image(*X), recipe=recipe)
     assert activation_quantizers(gm) == ["x"]
     held = quantizers(gm)["x"].spec
-    assert (held.qdtype.name, held.calibration.name) == {"b": ("uint8", "max"), "a": ("int8", "entropy")}[
-        order[1]
-    ]
+    assert (held.qdtype.name, held.calibration.name) == {"b": ("uint8", "max"), "a": ("int8", "entropy")}[order[1]]
     for name in "abc":
         assert reads(gm, name)[0] == "x_quantizer"
         annotation = edge_annotations(node(gm, name))[0]
@@ -234,9 +232,7 @@ def test_a_prepared_graph_can_be_copied_and_saved() -> None:
     twin = copy.deepcopy(gm)
     calibrate(twin, [image(*X)], progress=False)
     assert not quantizers(gm)["x"].solved
-    assert all(
-        a.spec == b.spec for a, b in zip(quantizers(gm).values(), quantizers(twin).values(), strict=True)
-    )
+    assert all(a.spec == b.spec for a, b in zip(quantizers(gm).values(), quantizers(twin).values(), strict=True))
     assert decided(twin, "blocks_0_add") == decided(gm, "blocks_0_add")
     fresh = prepared(basic_net(), image(*X))
     fresh.load_state_dict(twin.state_dict())

@@ -61,9 +61,7 @@ class Net(nn.Module):
         return result
 
 
-programs = st.lists(
-    st.tuples(st.sampled_from(STEPS), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=12
-)
+programs = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=12)
 
 
 def net(program: Program) -> nn.Module:

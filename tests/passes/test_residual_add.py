@@ -481,9 +481,7 @@ def chain(length: int) -> nn.Module:
 
 def test_sources_are_input_sets() -> None:
     model = seeded(
-        lambda: Lambda2(
-            lambda m, x, y: (m.c(x) + y, m.c(x), m.w * 2), c=conv(), w=nn.Parameter(torch.ones(1))
-        )
+        lambda: Lambda2(lambda m, x, y: (m.c(x) + y, m.c(x), m.w * 2), c=conv(), w=nn.Parameter(torch.ones(1)))
     )
     gm = before("residual-add", model, image(*X), image(*X))
     bits = sources(gm.graph)

@@ -58,24 +58,18 @@ def test_concat() -> None:
     expected = max(image(*X).relu().max(), (image(*X).sigmoid() * 5).max()) / 127
     assert scales["cat"][0] == pytest.approx(float(expected), rel=1e-6)
     converted = convert(gm)
-    assert float(converted.get_buffer("quantizers.relu.scale")) == float(
-        converted.get_buffer("quantizers.cat.scale")
-    )
+    assert float(converted.get_buffer("quantizers.relu.scale")) == float(converted.get_buffer("quantizers.cat.scale"))
 
 
 def test_golden_and_second_run() -> None:
-    result = check_pass(
-        TieScales(), before("tie-scales", model(concat), image(*X)), "passes/tie_scales_concat"
-    )
+    result = check_pass(TieScales(), before("tie-scales", model(concat), image(*X)), "passes/tie_scales_concat")
     assert result.counts == {"annotated": 3}
     assert result.notes == ()
 
 
 def test_concat_with_one_input_unquantized() -> None:
     """The float input needs no tie: TensorRT moves the quantizer behind the concatenation onto it."""
-    gm = prepared(
-        model(lambda m, x: m.a(torch.relu(x)) * m.c(torch.cat([torch.relu(x), x.sigmoid()], 1))), image(*X)
-    )
+    gm = prepared(model(lambda m, x: m.a(torch.relu(x)) * m.c(torch.cat([torch.relu(x), x.sigmoid()], 1))), image(*X))
     assert set(ties(gm)) == {"relu", "cat"}
     assert grouped(gm) == []  # two relu nodes: the one that the concatenation reads has no quantizer
 

@@ -65,9 +65,7 @@ class GraphBuilder:
         values = torch.as_tensor(scale)
         rest = (
             self.tensor(f"quantizers.{name}.scale", values),
-            self.tensor(
-                f"quantizers.{name}.zero_point", torch.full(values.shape, zero_point, dtype=torch.int32)
-            ),
+            self.tensor(f"quantizers.{name}.zero_point", torch.full(values.shape, zero_point, dtype=torch.int32)),
             axis,
         )
         integers = self.call(QUANTIZE, x, *rest, dtype, name=f"{name}_quantize")
@@ -102,9 +100,7 @@ class GraphBuilder:
         weight = self.weight(f"{path}.weight", torch.randn(channels[1], channels[0] // groups, 3, 3) * 0.1)
         shift = self.tensor(f"{path}.bias", torch.randn(channels[1]) * 0.1) if bias else None
         name = path.replace(".", "_")
-        return self.call(
-            F.conv2d, x, weight, shift, name=name, module=path, stride=stride, padding=1, groups=groups
-        )
+        return self.call(F.conv2d, x, weight, shift, name=name, module=path, stride=stride, padding=1, groups=groups)
 
     def linear(self, x: fx.Node, path: str, features: tuple[int, int], *, bias: bool = True) -> fx.Node:
         """A linear layer with an INT8 weight; features are (in, out)."""

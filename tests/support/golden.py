@@ -42,9 +42,7 @@ def check_golden(name: str, text: str) -> None:
         _write(path, text)
         return
     if not path.exists():
-        raise AssertionError(
-            f"no golden text {path.name}: run `make golden`, read it, commit it. It would be:\n{text}"
-        )
+        raise AssertionError(f"no golden text {path.name}: run `make golden`, read it, commit it. It would be:\n{text}")
     expected = path.read_text(encoding="utf-8")
     if text != expected:
         diff = "".join(

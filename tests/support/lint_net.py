@@ -146,13 +146,9 @@ def fp8_convolution(
     into: int, out: int, kernel: tuple[int, int] = (3, 3), group: int = 1, opset: int = 19
 ) -> onnx.ModelProto:
     net = Net(x=(2, into, 16, 16))
-    weight = net.qdq(
-        net.float_weight("conv", (out, into // group, *kernel)), np.full(out, 0.003), dtype=FP8, axis=0
-    )
+    weight = net.qdq(net.float_weight("conv", (out, into // group, *kernel)), np.full(out, 0.003), dtype=FP8, axis=0)
     source = net.qdq("x", dtype=FP8)
-    return net.model(
-        net.conv(source, "conv", (into, out), kernel=kernel, group=group, weight=weight), opset=opset
-    )
+    return net.model(net.conv(source, "conv", (into, out), kernel=kernel, group=group, weight=weight), opset=opset)
 
 
 def brief(findings: Findings) -> list[Wanted]:

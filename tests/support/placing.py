@@ -65,9 +65,7 @@ def annotated(model: nn.Module, *args: Any, recipe: Recipe | None = None) -> fx.
     return after((*upto("annotate"), Annotate()), model, *args, recipe=recipe)
 
 
-def prepared(
-    model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt"
-) -> fx.GraphModule:
+def prepared(model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt") -> fx.GraphModule:
     """What fxq.prepare gives, in eval mode."""
     return fxq.prepare(model.eval(), args, recipe=recipe, target=target)
 

@@ -55,18 +55,12 @@ def traced(
 ) -> fx.GraphModule:
     """The traced graph of `model` on these inputs; `options` go to the tracer."""
     inputs = example_arguments(args, kwargs)
-    return trace_model(
-        model, *inputs, target=Target.load("tensorrt"), recipe=recipe or Recipe(), **(options or {})
-    )
+    return trace_model(model, *inputs, target=Target.load("tensorrt"), recipe=recipe or Recipe(), **(options or {}))
 
 
-def after(
-    passes: Sequence[Pass], model: nn.Module, *args: Any, recipe: Recipe | None = None
-) -> fx.GraphModule:
+def after(passes: Sequence[Pass], model: nn.Module, *args: Any, recipe: Recipe | None = None) -> fx.GraphModule:
     """The traced graph of `model` after these passes, run by the manager that verifies each of them."""
-    return PassManager().run(
-        Pipeline("test", tuple(passes)), traced(model, *args, recipe=recipe), inplace=True
-    )
+    return PassManager().run(Pipeline("test", tuple(passes)), traced(model, *args, recipe=recipe), inplace=True)
 
 
 def plain_state(gm: fx.GraphModule, *properties: str) -> fx.GraphModule:
@@ -84,9 +78,7 @@ class ConvNorm(nn.Sequential):
     ``2``.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, *, relu: bool = False
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, *, relu: bool = False) -> None:
         conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
         super().__init__(conv, nn.BatchNorm2d(outputs), *([nn.ReLU(inplace=True)] if relu else []))
 
@@ -224,9 +216,7 @@ class NestedModel(nn.Module):
         self.left = nn.Linear(4, 4)
         self.right = nn.Linear(4, 4)
 
-    def forward(
-        self, named: dict[str, Tensor], pair: tuple[Tensor, Tensor], scale: float = 2.0
-    ) -> dict[str, Any]:
+    def forward(self, named: dict[str, Tensor], pair: tuple[Tensor, Tensor], scale: float = 2.0) -> dict[str, Any]:
         x = self.left(named["a"]) + self.right(pair[0])
         return {"sum": x * scale, "parts": (pair[1] - x, named["b"])}
 

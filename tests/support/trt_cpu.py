@@ -65,9 +65,7 @@ def load() -> ModuleType:
 def prepare() -> Path:
     """The folder to put on ``sys.path``, made on first use and kept by version outside the checkout."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise UnavailableError(
-            f"the wheels are for Linux x86-64; this is {sys.platform} {platform.machine()}"
-        )
+        raise UnavailableError(f"the wheels are for Linux x86-64; this is {sys.platform} {platform.machine()}")
     folder = _cache() / _key()
     if folder.exists():
         return folder
@@ -142,9 +140,7 @@ def _unpack(wheels: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, copy)
     missing = {"tensorrt.so", *RTX_LIBRARIES} - set(found)
     if missing:
-        raise UnavailableError(
-            f"the wheels do not hold {', '.join(sorted(missing))}; their layout has changed"
-        )
+        raise UnavailableError(f"the wheels do not hold {', '.join(sorted(missing))}; their layout has changed")
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
