@@ -30,7 +30,7 @@ from .optional import require
 
 __all__ = ["Block", "ResNet", "digits", "main", "train"]
 
-EPOCHS: Final = 15
+EPOCHS: Final = 10
 BATCH: Final = 32
 LATENCY_BATCH: Final = 64
 LATENCY_RUNS: Final = 60
@@ -161,7 +161,7 @@ def main(folder: str | Path = "demo-out") -> None:
     quantized = fxq.convert(prepared)
     traced = fxq.trace(model, x_train[:2])
     _show_residual(console, traced, quantized)
-    console.print(str(fxq.report(quantized)), markup=False)
+    console.print(fxq.report(quantized).text(console.width), markup=False, soft_wrap=True)
 
     console.print(Line("[bold]3. Exported to ONNX, checked by the rules"))
     float_path = fxq.export(traced, out / "float.onnx")
@@ -179,7 +179,7 @@ def _show_residual(console: Console, traced: fx.GraphModule, quantized: fx.Graph
     console.print(fxq.format_graph(traced, lambda n: n.name.startswith("layer1_0")), markup=False, style="dim")
     console.print(f"\n{_FIX}")
     shown = ["relu", "relu_quantize", "relu_dequantize", "layer1_0_relu_dequantize", "layer1_0_bn2", "layer1_0_add"]
-    console.print(fxq.format_graph(quantized, lambda n: n.name in shown), markup=False, style="dim")
+    console.print(fxq.format_graph(quantized, lambda n: n.name in shown), markup=False, style="dim", soft_wrap=True)
 
 
 def _show_results(
