@@ -13,6 +13,7 @@ learning rate 0.01 falling along a cosine, learned scales a thousandth of it, we
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -62,21 +63,24 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def tuned(model: nn.Module, seed: int, args: argparse.Namespace, **options: Any) -> float:
-    """Top-1 after quantization-aware training from the PTQ scales, of the converted graph."""
+    """Top-1 after training from the PTQ scales, of the converted graph; without options, after float training."""
     torch.manual_seed(seed)
     train, test = images.cifar10("train"), images.cifar10("test")
-    gm = fxq.prepare_qat(model, train.images[:2], **options)
-    fxq.calibrate(gm, TASK.calibration().split(64), progress=False)
+    gm = fxq.prepare_qat(model, train.images[:2], **options) if options else copy.deepcopy(model)
+    if options:
+        fxq.calibrate(gm, TASK.calibration().split(64), progress=False)  # type: ignore[arg-type]
     groups = fxq.qat.parameter_groups(gm, lr=args.lr, scale_lr=args.scale_lr, weight_decay=1e-4)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     batches = -(-len(train.labels) // args.batch)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * batches)
-    plan = fxq.qat.schedule(gm, observe_until=args.epochs - 2, freeze_bn_at=args.epochs - 2)
+    last = args.epochs - 2
+    plan = fxq.qat.schedule(gm, observe_until=last, freeze_bn_at=last) if options else None
     qat.train(
         gm, train.images, train.labels, optimizer=optimizer, epochs=args.epochs, batch=args.batch, seed=seed,
         scheduler=cosine, before_epoch=plan, augment=shifted,
     )  # fmt: skip
-    return qat.top1(fxq.convert(gm.eval()), test.images, test.labels)
+    final = fxq.convert(gm.eval()) if options else gm  # type: ignore[arg-type]
+    return qat.top1(final, test.images, test.labels)
 
 
 def main() -> None:
@@ -103,6 +107,7 @@ def main() -> None:
         rows[f"{bits} bits, PTQ"] = [qat.top1(fxq.convert(prepared), test.images, test.labels)]
         print(f"{bits} bits, PTQ {rows[f'{bits} bits, PTQ']}", flush=True)
     for seed in map(int, args.seeds.split(",")):
+        rows.setdefault("float, trained on", []).append(tuned(model, seed, args))
         for bits, recipe in recipes.items():
             for policy in args.scales.split(",") if bits == "4" else ["fixed"]:
                 value = tuned(model, seed, args, recipe=recipe, scales=policy)
