@@ -44,8 +44,8 @@ def dynamic_dims(
     known: dict[str, Any] = {}
     dims: list[dict[int, Any]] = []
     fitted: list[Tensor] = []
-    for name, tensor in zip(names, tensors, strict=True):
-        made = {}
+    for name, example in zip(names, tensors, strict=True):
+        made, tensor = {}, example
         for dim, spec in wanted.get(name, {}).items():
             axis = _axis(name, tensor, dim)
             label = spec if isinstance(spec, str) else f"{name}_dim{axis}"
@@ -59,7 +59,7 @@ def dynamic_dims(
                 known[label] = _dim(label, name, size, spec)
             made[axis] = known[label]
             if size == 1:
-                tensor = torch.cat([tensor, tensor], dim=axis)  # noqa: PLW2901
+                tensor = torch.cat([tensor, tensor], dim=axis)
         dims.append(made)
         fitted.append(tensor)
     return dims, fitted

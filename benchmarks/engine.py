@@ -45,7 +45,7 @@ KERNEL = re.compile(
 TENSOR = re.compile(r"\{ Name: (?P<name>\S+), Dimensions: \[(?P<dims>[\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 
 
-class Log(trt.ILogger):  # type: ignore[misc]
+class Log(trt.ILogger):
     """Keeps every message of the builder."""
 
     def __init__(self) -> None:

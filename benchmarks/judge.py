@@ -120,8 +120,7 @@ class Judge:
         for name, part in parts.items():
             try:
                 result[name] = part()
-            # A foreign file may break any reader in any way: that is a finding, not an end.
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 - a foreign file may break a reader in any way: a finding
                 result[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"[:600]}
         return result
 

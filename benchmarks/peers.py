@@ -168,7 +168,7 @@ def onnxruntime_static(ctx: Context, method: str) -> None:
         from onnxruntime import quantization as ort
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(ort.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Reader(ort.CalibrationDataReader):
         def __init__(self) -> None:
             self.batches = iter(ctx.numpy_batches())
 

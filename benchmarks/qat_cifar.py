@@ -42,8 +42,13 @@ def four_bits() -> fxq.Recipe:
 
     low = fxq.EdgeSpecs(input=fxq.QSpec("int4"), weight=fxq.QSpec("int4"))
     unsigned = fxq.EdgeSpecs(input=fxq.QSpec("uint4", symmetric=True))
-    layers = lambda node: inner(node) and "conv" in str(node.target)  # noqa: E731
-    skips = lambda node: inner(node) and "add" in str(node.target)  # noqa: E731
+
+    def layers(node: fx.Node) -> bool:
+        return inner(node) and "conv" in str(node.target)
+
+    def skips(node: fx.Node) -> bool:
+        return inner(node) and "add" in str(node.target)
+
     return fxq.Recipe(
         [
             fxq.Rule(layers, low, "4 bits"),
@@ -68,7 +73,7 @@ def tuned(model: nn.Module, seed: int, args: argparse.Namespace, **options: Any)
     train, test = images.cifar10("train"), images.cifar10("test")
     gm = fxq.prepare_qat(model, train.images[:2], **options) if options else copy.deepcopy(model)
     if options:
-        fxq.calibrate(gm, TASK.calibration().split(64), progress=False)  # type: ignore[arg-type]
+        fxq.calibrate(gm, TASK.calibration().split(64), progress=False)
     groups = fxq.qat.parameter_groups(gm, lr=args.lr, scale_lr=args.scale_lr, weight_decay=1e-4)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     batches = -(-len(train.labels) // args.batch)
@@ -79,7 +84,7 @@ def tuned(model: nn.Module, seed: int, args: argparse.Namespace, **options: Any)
         gm, train.images, train.labels, optimizer=optimizer, epochs=args.epochs, batch=args.batch, seed=seed,
         scheduler=cosine, before_epoch=plan, augment=shifted,
     )  # fmt: skip
-    final = fxq.convert(gm.eval()) if options else gm  # type: ignore[arg-type]
+    final = fxq.convert(gm.eval()) if options else gm
     return qat.top1(final, test.images, test.labels)
 
 

@@ -60,7 +60,7 @@ def run_seed(seed: int, scales: list[str]) -> tuple[dict[str, float], dict[str, 
         found[f"{name}, PTQ"] = qat.top1(fxq.convert(prepared), test.images, test.labels)
         for policy in scales:
             gm = trained(seed, train, recipe=recipe, scales=policy)
-            converted = fxq.convert(gm)  # type: ignore[arg-type]
+            converted = fxq.convert(gm)
             found[f"{name}, QAT {policy}"] = qat.top1(converted, test.images, test.labels)
             exported.setdefault(name, converted)
     return found, exported, bits

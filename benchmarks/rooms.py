@@ -40,7 +40,7 @@ def by_room(profile: cProfile.Profile) -> dict[str, float]:
     counts where it was asked for.
     """
     seconds: Counter[str] = Counter()
-    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    stats = pstats.Stats(profile).stats
     for (filename, _, _), (_, _, own, _, callers) in stats.items():
         if filename != BUILTIN:
             seconds[room(filename)] += own

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .graph import SEQUENCE
 from .op_table import (
@@ -34,6 +34,7 @@ __all__ = [
     "KINDS",
     "MODULES",
     "REQUIRED",
+    "WEIGHTED_MODULES",
     "ModuleSpelling",
     "OpKind",
     "Spelling",
@@ -78,6 +79,16 @@ def kind_name(node: fx.Node) -> str:
         return name
     return f"{'Tensor' if node.op == 'call_method' else 'torch'}.{name}"
 
+
+WEIGHTED_MODULES: Final = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Bilinear,
+)
+"""Modules that multiply by weights; those that are kept whole are counted as not quantized."""
 
 _PRODUCTS: Final[Mapping[str, int]] = {
     "scaled_dot_product_attention": 2, "einsum": 1, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1, "mv": 1,

@@ -8,25 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from .batch_norm import TrainedBatchNorm
 from .graph import attribute, constant, edge_annotations, origin, state, tensor_info
-from .ops import kind_name, products
+from .ops import WEIGHTED_MODULES, kind_name, products
 from .qdq import DEQUANTIZE, QUANTIZE
 from .recipe import QDType, QSpec
 from .verify import is_dequantized, quantizer_of
 
 __all__ = ["EdgeRow", "OpRow", "Totals", "count", "operations"]
 
-_WEIGHTED: Final = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Bilinear,
-)
 _SCALE_BYTES: Final = 4
 
 
@@ -159,8 +151,8 @@ def _hidden(gm: fx.GraphModule, node: fx.Node) -> int:
     if node.op != "call_module":
         return products(node)
     module = attribute(gm, str(node.target))
-    inside = sum(isinstance(m, _WEIGHTED) for path, m in module.named_modules() if path)
-    return inside or int(isinstance(module, _WEIGHTED))
+    inside = sum(isinstance(m, WEIGHTED_MODULES) for path, m in module.named_modules() if path)
+    return inside or int(isinstance(module, WEIGHTED_MODULES))
 
 
 def _edges(gm: fx.GraphModule, node: fx.Node, *, weighted: bool) -> Iterator[EdgeRow]:

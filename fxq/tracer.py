@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from .arguments import bind_arguments, has_tensor, kept_arguments
 from .errors import FxqError, TraceError
 from .graph import ORIGIN, Note, Origin, State, attribute, origin, set_state
+from .ops import WEIGHTED_MODULES
 from .proxies import INPLACE_OPERATORS, WAYS_OUT, NestedInputs, TensorProxy
 from .recipe import Recipe
 from .shapes import propagate_shapes
@@ -34,14 +35,6 @@ __all__ = ["trace_model", "weighted_leaves"]
 
 _TORCH: Final = f"{Path(torch.__file__).parent}/"
 _HERE: Final = f"{Path(__file__).parent}/"
-_WEIGHTED: Final = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Bilinear,
-)
 
 
 class _Tracer(fx.Tracer):
@@ -307,9 +300,9 @@ def weighted_leaves(gm: fx.GraphModule) -> Iterator[Note]:
         if node.op != "call_module":
             continue
         module = attribute(gm, str(node.target))
-        inner = [path for path, m in module.named_modules() if path and isinstance(m, _WEIGHTED)]
+        inner = [path for path, m in module.named_modules() if path and isinstance(m, WEIGHTED_MODULES)]
         plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not origin(node).leaf
-        own = isinstance(module, _WEIGHTED) and not plain
+        own = isinstance(module, WEIGHTED_MODULES) and not plain
         if not inner and not own:
             continue
         what = f"{len(inner)} weighted operations inside" if inner else "its weighted operations"
