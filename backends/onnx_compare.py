@@ -23,7 +23,7 @@ from .onnx_inputs import placeholder_values
 from .onnx_names import NODE, properties
 from .onnxrt import Session
 
-__all__ = ["NodeDifference", "compare_nodes"]
+__all__ = ["NodeDifference", "compare_nodes", "value_names"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Comparer(fx.Interpreter):
         super().__init__(gm)
         self.extra_traceback = False
         self.session = session
-        self.values = _value_names(session)
+        self.values = value_names(session)
         self.inputs: dict[str, Tensor] = {}
         self.rows: list[NodeDifference] = []
         # For live nodes that the file lacks: the tensors that they were computed from.
@@ -127,7 +127,7 @@ class _Comparer(fx.Interpreter):
         return _difference(node, tensor.cpu(), self.session.compute([name], given)[name])
 
 
-def _value_names(session: Session) -> dict[str, str]:
+def value_names(session: Session) -> dict[str, str]:
     """ONNX tensor names by FX value; they differ only where the value is an output of the model."""
     names = {name: name for name in session.value_names}
     for node in session.model.graph.node:

@@ -6,7 +6,9 @@ backends.
 
 from __future__ import annotations
 
-from . import calibration_io, passes, qat
+from . import calibration_io, passes, pictures, qat
+from .ablation import sensitivity
+from .comparison import compare
 from .editor import Editor
 from .errors import FxqError
 from .flow import (
@@ -24,6 +26,7 @@ from .flow import (
 )
 from .graph import Annotation
 from .manager import PassManager, Pipeline
+from .methods import score_methods
 from .passbase import Pass, PassResult
 from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
@@ -52,16 +55,20 @@ __all__ = [
     "build",
     "calibrate",
     "calibration_io",
+    "compare",
     "convert",
     "export",
     "format_graph",
     "lint",
     "passes",
+    "pictures",
     "prepare",
     "prepare_qat",
     "qat",
     "quantize",
     "report",
+    "score_methods",
+    "sensitivity",
     "solve",
     "trace",
 ]

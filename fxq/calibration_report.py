@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -12,8 +11,10 @@ from torch import Tensor
 
 from .errors import CalibrationError
 from .observers import Histogram
+from .pictures import GREEN, LINES, new_figure
 from .quantizer import Quantizer
 from .recipe import Method
+from .tables import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,6 @@ __all__ = ["CalibrationReport", "CalibrationRow", "report_row"]
 
 _OUTLIER: Final = 100.0
 _SATURATING: Final = 0.05
-_WIDTH: Final = 118
 _SHOWN: Final = ("max", "percentile", "entropy", "mse")
 _PICTURE_BINS: Final = 256
 
@@ -71,25 +71,9 @@ class CalibrationReport:
     _quantizers: Mapping[str, Quantizer] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=f"calibrated on {self.batches} batches", box=box.SIMPLE_HEAD, title_justify="left")
-        for name in ("tensor", "module", "method"):
-            table.add_column(name, overflow="fold")
-        for name in ("min", "max", "scale"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("marks", overflow="fold")
-        for row in self.rows:
-            scale = f"{row.scale[0]:.6g}"
-            if len(row.scale) > 1:
-                scale = f"{min(row.scale):.4g} … {max(row.scale):.4g}"
-            cells = (row.name, row.module_path, row.method, f"{row.amin:.6g}", f"{row.amax:.6g}", scale)
-            table.add_row(*cells, ", ".join(row.marks))
-        text = io.StringIO()
-        Console(file=text, width=_WIDTH, color_system=None).print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+        headings = {"tensor": False, "module": False, "method": False}
+        headings |= {"min": True, "max": True, "scale": True, "marks": False}
+        return table(headings, map(_cells, self.rows), title=f"calibrated on {self.batches} batches")
 
     def plot(self, tensor: str) -> Figure:
         """A picture of a tensor's histogram, with the range in use and the ends that each method chooses.
@@ -122,31 +106,33 @@ class CalibrationReport:
         return _picture(quantizer, observer)
 
 
+def _cells(row: CalibrationRow) -> tuple[str, ...]:
+    scale = f"{row.scale[0]:.6g}"
+    if len(row.scale) > 1:
+        scale = f"{min(row.scale):.4g} … {max(row.scale):.4g}"
+    ends = (f"{row.amin:.6g}", f"{row.amax:.6g}")
+    return (row.name, row.module_path, row.method, *ends, scale, ", ".join(row.marks))
+
+
 def _picture(quantizer: Quantizer, observer: Histogram) -> Figure:
-    from .optional import require
-
-    require("matplotlib", purpose="drawing a histogram")
-    from matplotlib.figure import Figure
-
+    figure, axes = new_figure(8, 4)
     edges, counts = _bars(observer)
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
     axes.stairs(counts, edges, fill=True, color="0.8")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
-    for i, name in enumerate(_SHOWN):
+    for name, (colour, line) in zip(_SHOWN, LINES, strict=True):
         low, high = (float(end) for end in observer.compute(Method(name), quantizer.spec))
         ends = {high} if observer.symmetric else {low, high}
         if observer.symmetric:
             ends = {max(abs(low), abs(high))}
         for end in ends:
             label = f"{name} {high:.4g}" if end == max(ends) else None
-            axes.axvline(end, color=f"C{i}", linestyle="--", label=label)
+            axes.axvline(end, color=colour, linestyle=line, label=label)
     spec = quantizer.spec.qdtype
     if quantizer.solved:
         scale, zero = float(quantizer.scale), int(quantizer.zero_point)
         start = 0.0 if observer.symmetric else (spec.qmin - zero) * scale
-        axes.axvspan(start, (spec.qmax - zero) * scale, alpha=0.15, label=f"in use, scale {scale:.4g}")
+        axes.axvspan(start, (spec.qmax - zero) * scale, color=GREEN, alpha=0.12, label=f"in use, scale {scale:.4g}")
     axes.set_title(f"{quantizer.tensor}: {observer.fraction:.0%} of {int(observer.elements)} values counted")
     axes.set_xlabel("magnitude" if observer.symmetric else "value")
     axes.set_ylabel("values")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer and of those above it in this list. "passes" and "backends" stand for all rooms of those folders.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
-    ("optional",),
+    ("optional", "tables"),
     ("recipe", "rules", "specs", "target"),
     (
         "folding",
@@ -47,21 +47,24 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("instruments", "pass_text", "reproducer"),
     (
+        "ablation",
         "batches",
         "bias_correction",
         "calibration",
         "calibration_report",
         "manager",
         "nonfinite",
+        "pictures",
         "placement",
         "qat",
         "ranks",
         "reports",
+        "stepping",
     ),
     ("passes",),
     ("backends",),
-    ("calibration_io", "flow"),
-    ("testing",),
+    ("calibration_io", "comparison", "flow"),
+    ("methods", "testing"),
     ("__init__", "demo"),
 )
 # Beside the order: who may not see whom although it comes later.

@@ -1,0 +1,42 @@
+"""Rows of text as a table that reads well in a terminal, a log and a notebook."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+__all__ = ["WIDTH", "plain_number", "table"]
+
+WIDTH: Final = 118
+"""Columns that a printed table takes at most."""
+
+
+def table(headings: Mapping[str, bool], rows: Iterable[Sequence[str]], *, title: str = "", width: int = WIDTH) -> str:
+    """A table as plain text.
+
+    Args:
+        headings: Column names; True where the column holds numbers, which are set right and never broken.
+        rows: A cell for each column.
+        title: A line above the table.
+        width: Columns at most; text that does not fit is folded.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    found = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for name, number in headings.items():
+        found.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in rows:
+        found.add_row(*row)
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    console.print(found)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+
+
+def plain_number(value: Any) -> Any:
+    """What JSON can hold of a value: infinities and NaN, which it lacks, as text; all else as it is."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
