@@ -10,7 +10,7 @@ from ..rules import Finding, check
 from .onnx_graph import OnnxGraph
 from .onnx_nodes import Node
 
-__all__: list[str] = []
+__all__ = ["quantized_type"]
 
 FP8: Final = "float8e4m3fn"
 FEW: Final = 16
@@ -22,7 +22,7 @@ LONGEST: Final = 512
 AROUND_SOFTMAX: Final = frozenset({"Add", "Cast", "Div", "Mul", "Reshape", "Transpose", "Where"})
 
 
-def _quantized_type(graph: OnnxGraph, node: Node) -> str | None:
+def quantized_type(graph: OnnxGraph, node: Node) -> str | None:
     """The type that both inputs of a weighted operation are quantized to; None if one is float."""
     found = [dq for name in node.inputs[:2] for dq in graph.dequantizers(name)]
     types = {dq.dtype if dq is not None else None for dq in found}
@@ -40,7 +40,7 @@ def _weight_shape(graph: OnnxGraph, node: Node) -> tuple[int, ...] | None:
 def small_convolutions(graph: OnnxGraph) -> Iterator[Finding]:
     """Quantized INT8 convolutions with few channels, or with a weight that is no constant."""
     for node in graph.nodes:
-        if node.op != "Conv" or _quantized_type(graph, node) != "int8":
+        if node.op != "Conv" or quantized_type(graph, node) != "int8":
             continue
         if node.inputs[1] not in graph.fixed:
             yield node.finding("R35", "advice", f"the weight {node.inputs[1]!r} is not constant")
@@ -79,7 +79,7 @@ def fp8_convolutions(graph: OnnxGraph) -> Iterator[Finding]:
     """Quantized FP8 convolutions with few channels, large kernels or groups."""
     for node in graph.nodes:
         shape = _weight_shape(graph, node) if node.op == "Conv" else None
-        if shape is None or _quantized_type(graph, node) != FP8:
+        if shape is None or quantized_type(graph, node) != FP8:
             continue
         out, into, *kernel = shape
         grouped = int(node.attributes.get("group", 1)) > 1
@@ -91,7 +91,7 @@ def fp8_convolutions(graph: OnnxGraph) -> Iterator[Finding]:
 def thin_products(graph: OnnxGraph) -> Iterator[Finding]:
     """Quantized MatMul and Gemm with one row or column, or fewer than 16 along K or N."""
     for node in graph.nodes:
-        if node.op not in {"Gemm", "MatMul"} or _quantized_type(graph, node) is None:
+        if node.op not in {"Gemm", "MatMul"} or quantized_type(graph, node) is None:
             continue
         m, n, k = _product(graph, node)
         sizes = f"M={m or '?'}, N={n or '?'}, K={k or '?'}"
@@ -119,7 +119,7 @@ def _product(graph: OnnxGraph, node: Node) -> tuple[int | None, int | None, int 
 def attention(graph: OnnxGraph) -> Iterator[Finding]:
     """Quantized attention whose heads or sequences the fused INT8 kernel does not take."""
     for node in graph.nodes:
-        if node.op != "MatMul" or _quantized_type(graph, node) != "int8" or not _to_softmax(graph, node):
+        if node.op != "MatMul" or quantized_type(graph, node) != "int8" or not _to_softmax(graph, node):
             continue
         scores, keys = graph.shape(node.outputs[0]), graph.shape(node.inputs[1])
         length = scores[-1] if scores else None
@@ -149,7 +149,7 @@ def _to_softmax(graph: OnnxGraph, node: Node) -> bool:
 def transposed_convolutions(graph: OnnxGraph) -> Iterator[Finding]:
     """Quantized transposed convolutions with a scale for each channel."""
     for node in graph.nodes:
-        if node.op != "ConvTranspose" or _quantized_type(graph, node) is None:
+        if node.op != "ConvTranspose" or quantized_type(graph, node) is None:
             continue
         dq = graph.dequantizer(node.inputs[1])
         if dq is not None and dq.axis is not None:

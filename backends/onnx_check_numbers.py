@@ -11,7 +11,7 @@ from ..rules import Finding, Severity, check
 from .onnx_graph import WEIGHTED, OnnxGraph
 from .onnx_nodes import Node, Quant
 
-__all__: list[str] = []
+__all__ = ["output_axis", "scale_axis"]
 
 OPSETS: Final = (9, 25)
 """The opsets that TensorRT 11's parser documents (R8)."""
@@ -219,13 +219,13 @@ def weight_axes(graph: OnnxGraph) -> Iterator[Finding]:
         dq = graph.dequantizer(node.inputs[1])
         if dq is None or dq.axis is None or dq.block:
             continue
-        axis, wanted = _axis_at(graph, node.inputs[1], dq), _output_axis(graph, node)
+        axis, wanted = scale_axis(graph, node.inputs[1], dq), output_axis(graph, node)
         if axis is not None and wanted is not None and axis != wanted:
             message = f"the weight's scales run along axis {axis}; its output channels are axis {wanted}"
             yield node.finding("R16", "error", f"{message} for {node.op}")
 
 
-def _axis_at(graph: OnnxGraph, name: str, dq: Quant) -> int | None:
+def scale_axis(graph: OnnxGraph, name: str, dq: Quant) -> int | None:
     """The scales' axis as the reader of `name` sees it, behind transposes; None behind other operations."""
     permutations = []
     while name != dq.output:
@@ -242,7 +242,7 @@ def _axis_at(graph: OnnxGraph, name: str, dq: Quant) -> int | None:
     return axis
 
 
-def _output_axis(graph: OnnxGraph, node: Node) -> int | None:
+def output_axis(graph: OnnxGraph, node: Node) -> int | None:
     """The weight's axis of output channels; None if its rank is not known."""
     if node.op == "Conv":
         return 0
@@ -290,5 +290,5 @@ def granularity(graph: OnnxGraph) -> Iterator[Finding]:
 
 def _several_outputs(graph: OnnxGraph, node: Node) -> bool:
     """Whether more scales for a weight would be of use; for ConvTranspose R43 advises against them."""
-    shape, axis = graph.shape(node.inputs[1]), _output_axis(graph, node)
+    shape, axis = graph.shape(node.inputs[1]), output_axis(graph, node)
     return node.op != "ConvTranspose" and shape is not None and axis is not None and shape[axis] != 1

@@ -33,7 +33,7 @@ _NOT_KERNELS = frozenset({"signal", "wait", "shape_call", "constant", "noop"})
 # Layer types that multiply by weights, and the fused kinds where the kernel's name has to tell.
 _WEIGHTED = re.compile(r"conv|correlation|gemm|gett|matmul|matrixmultiply|^fc$|fullyconnected", re.IGNORECASE)
 _FUSED = re.compile(r"^(runtime_)?fusion$", re.IGNORECASE)
-_WEIGHTED_NAME = re.compile(r"Fc|Gemm|gemm|MatMul|Conv|Dot")
+_WEIGHTED_NAME = re.compile(r"Fc|Gemm|gemm|MatMul|Corr|Conv|Dot")
 
 # A list is empty or ends in "}]"; the lone "]" of a shape inside it does not end it.
 _LAYER = re.compile(

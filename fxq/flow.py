@@ -31,6 +31,7 @@ from .tracer import trace_model
 
 if TYPE_CHECKING:
     from .backends.trt_engine import Engine
+    from .backends.trt_prediction import Prediction
     from .rules import Findings
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "convert",
     "export",
     "lint",
+    "predict",
     "prepare",
     "prepare_qat",
     "quantize",
@@ -478,6 +480,24 @@ def lint(path: str | Path) -> Findings:
     from .backends.onnx_lint import lint_onnx
 
     return lint_onnx(path)
+
+
+def predict(path: str | Path, *, library: str = "tensorrt") -> Prediction:
+    """List the kernels that TensorRT's documented fusions give for an ONNX file; needs no TensorRT and no GPU.
+
+    Args:
+        path: An ONNX file from any tool.
+        library: ``"tensorrt"`` (default), or ``"tensorrt-rtx"`` for what its builder does.
+
+    Returns:
+        Each kernel with its ONNX nodes, precision, tensors and bytes.
+
+    Raises:
+        FxqError: There is no such file or library, or the file holds no ONNX model.
+    """
+    from .backends.trt_predict import predict_kernels
+
+    return predict_kernels(path, library=library)
 
 
 def _remember(gm: fx.GraphModule, **facts: Any) -> None:
