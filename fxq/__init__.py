@@ -33,6 +33,7 @@ from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
 from .rewriting import RewritePass
 from .target import Target
+from .viewer import View, view
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "RewritePass",
     "Rule",
     "Target",
+    "View",
     "build",
     "calibrate",
     "calibration_io",
@@ -73,4 +75,5 @@ __all__ = [
     "sensitivity",
     "solve",
     "trace",
+    "view",
 ]

@@ -20,7 +20,7 @@ from .ops import kind, kind_name
 from .qdq import DEQUANTIZE, QUANTIZE
 from .quantizer import Quantizer
 
-__all__ = ["format_graph", "format_numbers"]
+__all__ = ["format_graph", "format_node", "format_numbers"]
 
 _QDQ: Final = {QUANTIZE: "quantize", DEQUANTIZE: "dequantize"}
 
@@ -36,7 +36,7 @@ def format_graph(gm: fx.GraphModule, only: Callable[[fx.Node], bool] | None = No
         One line per node, ending without a newline.
     """
     shown = (node for node in gm.graph.nodes if not _is_parameter(node))
-    return "\n".join(_line(gm, node) for node in shown if only is None or only(node))
+    return "\n".join(format_node(gm, node) for node in shown if only is None or only(node))
 
 
 def format_numbers(values: Tensor) -> str:
@@ -62,7 +62,8 @@ def _is_parameter(node: fx.Node) -> bool:
     )
 
 
-def _line(gm: fx.GraphModule, node: fx.Node) -> str:
+def format_node(gm: fx.GraphModule, node: fx.Node) -> str:
+    """The line that :func:`format_graph` prints for one node of `gm`."""
     if node.op == "output":
         return f"return {_value(node.args[0])}"
     text = f"%{node.name} = {_call(node)}"

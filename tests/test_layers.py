@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer and of those above it in this list. "passes" and "backends" stand for all rooms of those folders.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
-    ("optional", "tables"),
+    ("html", "layered", "optional", "sketch", "tables"),
     ("recipe", "rules", "specs", "target"),
     (
         "folding",
@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "triton_kernels",
     ),
     ("observers", "quantizer"),
-    ("editor", "graph", "op_table", "ops", "patterns", "printer", "views"),
+    ("editor", "graph", "layout", "op_table", "ops", "patterns", "printer", "views"),
     (
         "arguments",
         "batch_norm",
@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rewriting",
         "shapes",
         "tracer",
+        "svg",
         "verify",
     ),
     ("instruments", "pass_text", "reproducer"),
@@ -63,7 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("passes",),
     ("backends",),
-    ("calibration_io", "comparison", "flow"),
+    ("calibration_io", "comparison", "depiction", "flow", "viewer"),
     ("methods", "testing"),
     ("__init__", "demo"),
 )
