@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Final
 
+from ..tables import plain_console
 from .trt_kernels import LayerInfo, TensorInfo
 
 __all__ = ["PredictedKernel", "Prediction", "readable"]
@@ -114,11 +115,10 @@ class Prediction:
             width: Columns.
         """
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
         out = StringIO()
-        console = Console(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+        console = plain_console(out, width)
         console.print(self.summary(), soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         for name in ("kernel", "precision", "reads", "writes", "ONNX nodes"):

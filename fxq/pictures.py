@@ -6,7 +6,9 @@ hatches say the same again, so that the pictures read in black and white.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -44,6 +46,7 @@ ORANGE: Final = "#E69F00"
 GREY: Final = "#999999"
 LINES: Final = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (ORANGE, ":"))
 """Colour and line style of the first, second … curve of a picture."""
+_DPI: Final = 80
 _CEILING: Final = 80.0  # dB; where nothing differs, a bar has to end somewhere
 
 
@@ -54,12 +57,24 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
         MissingDependencyError: matplotlib is not installed.
     """
     require("matplotlib", purpose="drawing pictures")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _picture_class()(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+@cache
+def _picture_class() -> type[Figure]:
+    """matplotlib's figure, which shows itself at the end of a notebook's cell; pyplot's would do so alone."""
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            data = io.BytesIO()
+            self.savefig(data, format="png", dpi=_DPI)
+            return data.getvalue()
+
+    return Picture
 
 
 def curves_picture(series: Mapping[str, Sequence[float]], named: Mapping[int, str], *, title: str) -> Figure:

@@ -14,6 +14,7 @@ from torch import fx
 
 from .graph import Note, state
 from .placement import EdgeRow, OpRow, Totals, count, operations
+from .tables import plain_console
 
 __all__ = ["EdgeRow", "OpRow", "Report", "Totals", "build_report"]
 
@@ -73,11 +74,9 @@ class Report:
         Args:
             width: Columns; None (default) takes the terminal's, or 120 where there is none.
         """
-        from rich.console import Console
-
         columns = width or max(_NARROWEST, shutil.get_terminal_size((_WIDTH, 0)).columns)
         out = StringIO()
-        console = Console(file=out, width=columns, color_system=None, highlight=False, markup=False, emoji=False)
+        console = plain_console(out, columns)
         for line in _wrapped("", self.summary(), columns):
             console.print(line, soft_wrap=True)
         for warning in self.warnings:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
-__all__ = ["WIDTH", "plain_number", "table"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["WIDTH", "plain_console", "plain_number", "table"]
 
 WIDTH: Final = 118
 """Columns that a printed table takes at most."""
@@ -23,7 +26,6 @@ def table(headings: Mapping[str, bool], rows: Iterable[Sequence[str]], *, title:
         width: Columns at most; text that does not fit is folded.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     found = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
@@ -32,9 +34,20 @@ def table(headings: Mapping[str, bool], rows: Iterable[Sequence[str]], *, title:
     for row in rows:
         found.add_row(*row)
     text = io.StringIO()
-    console = Console(file=text, width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    console.print(found)
+    plain_console(text, width).print(found)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+
+
+def plain_console(file: TextIO, width: int) -> Console:
+    """A rich console that writes plain text of so many columns to `file` and nowhere else.
+
+    Left to itself, rich would show what it prints under Jupyter too, beside the text that is asked for.
+    """
+    from rich.console import Console
+
+    return Console(
+        file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False, force_jupyter=False
+    )
 
 
 def plain_number(value: Any) -> Any:

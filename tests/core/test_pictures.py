@@ -77,3 +77,9 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match="matplotlib"):
         fxq.pictures.new_figure(1, 1)
+
+
+def test_a_picture_shows_itself_in_a_notebook() -> None:
+    figure, axes = fxq.pictures.new_figure(2, 1)
+    axes.plot([1, 2])
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
