@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..rules import Finding, Severity
-from .onnx_names import MODULE_PATH, SOURCE, properties
+from .onnx_names import MODULE_PATH, NODE, SOURCE, properties
 
 if TYPE_CHECKING:
     import onnx
@@ -39,6 +39,7 @@ class Node:
         attributes: Attributes by name, as Python values.
         module_path: The user's module, where the file says so.
         source: The user's ``file:line``, where the file says so.
+        fx_node: The node of fxq's graph that it was exported from, where the file says so.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Node:
     attributes: Mapping[str, Any]
     module_path: str | None = None
     source: str | None = None
+    fx_node: str | None = None
 
     def input(self, index: int) -> str:
         """The input at `index`; "" if it is left out."""
@@ -140,6 +142,7 @@ def nodes_of_graph(graph: onnx.GraphProto) -> tuple[Node, ...]:
             attributes=MappingProxyType({a.name: helper.get_attribute_value(a) for a in proto.attribute}),
             module_path=props.get(MODULE_PATH) or None,
             source=props.get(SOURCE) or None,
+            fx_node=props.get(NODE) or None,
         )
         nodes.append(node)
     return tuple(nodes)

@@ -13,9 +13,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
-__all__ = ["LayerInfo", "TensorInfo", "kernels_from_inspector", "kernels_from_log"]
+from ..errors import EngineError
+
+__all__ = [
+    "LayerInfo",
+    "TensorInfo",
+    "kernels_from_file",
+    "kernels_from_inspector",
+    "kernels_from_log",
+    "tensors_of_engine",
+]
 
 # TensorRT's spellings of a data type -> (ours, bits). The long ones occur inside a format's description.
 _DTYPES = {
@@ -154,6 +164,45 @@ def kernels_from_inspector(text: str) -> tuple[LayerInfo, ...] | None:
         return None
     found = (_layer_from_json(layer) for layer in layers)
     return tuple(layer for layer in found if layer.kind.lower() not in _NOT_KERNELS)
+
+
+def tensors_of_engine(text: str) -> tuple[TensorInfo, ...]:
+    """The engine's inputs and outputs by the inspector's JSON.
+
+    TensorRT 11 describes each under ``I/O Tensors``; 10 only names them under ``Bindings``, which leaves the type
+    ``unknown`` and the shape empty.
+    """
+    data = json.loads(text)
+    described = [_tensor_from_json(tensor) for tensor in data.get("I/O Tensors", [])]
+    return tuple(described) or tuple(TensorInfo(str(name), (), "unknown") for name in data.get("Bindings", []))
+
+
+def kernels_from_file(path: Path) -> tuple[LayerInfo, ...]:
+    """Read the kernels from a file: the inspector's JSON, or a builder's VERBOSE log.
+
+    Raises:
+        EngineError: There is no such file, or it lists no kernels.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}", hint="name an inspector's JSON or a log") from error
+    found = _kernels_from_text(text)
+    if not found:
+        raise EngineError(
+            f"{path} lists no kernels with their tensors",
+            hint="build with detailed profiling verbosity; fxq.build(..., verbose_log=...) keeps a builder's log",
+        )
+    return found
+
+
+def _kernels_from_text(text: str) -> tuple[LayerInfo, ...] | None:
+    if not text.lstrip().startswith("{"):
+        return kernels_from_log([text])
+    try:
+        return kernels_from_inspector(text)
+    except (json.JSONDecodeError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _layer_from_line(line: str) -> LayerInfo:

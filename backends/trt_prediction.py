@@ -10,7 +10,7 @@ from typing import Any, Final
 from ..tables import plain_console
 from .trt_kernels import LayerInfo, TensorInfo
 
-__all__ = ["PredictedKernel", "Prediction", "readable"]
+__all__ = ["PredictedKernel", "Prediction", "readable", "tensor_text"]
 
 _WIDTH: Final = 120
 

@@ -32,12 +32,14 @@ from .tracer import trace_model
 if TYPE_CHECKING:
     from .backends.trt_engine import Engine
     from .backends.trt_prediction import Prediction
+    from .backends.trt_report import EngineReport
     from .rules import Findings
 
 __all__ = [
     "build",
     "calibrate",
     "convert",
+    "engine_report",
     "export",
     "lint",
     "predict",
@@ -498,6 +500,27 @@ def predict(path: str | Path, *, library: str = "tensorrt") -> Prediction:
     from .backends.trt_predict import predict_kernels
 
     return predict_kernels(path, library=library)
+
+
+def engine_report(engine: Engine | str | Path, path: str | Path) -> EngineReport:
+    """Compare an engine's kernels with those that its ONNX file should have become.
+
+    Args:
+        engine: What :func:`build` returned; or a file with the inspector's JSON (TensorRT 10 or 11), or a builder's log
+            that lists kernels.
+        path: The ONNX file that it was built from.
+
+    Returns:
+        Each kernel with its ONNX nodes, FX nodes, module and source line, and every difference with the rule that was
+        broken and the fix; as text, dictionary (``to_dict``) or HTML (``html``, ``save``).
+
+    Raises:
+        EngineError: The kernels are not known: no GPU here can load the engine, or the file lists none.
+        FxqError: There is no such ONNX file.
+    """
+    from .backends.trt_report import report_engine
+
+    return report_engine(engine, path)
 
 
 def _remember(gm: fx.GraphModule, **facts: Any) -> None:
