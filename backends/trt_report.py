@@ -22,40 +22,12 @@ from .trt_engine import Engine
 from .trt_kernels import LayerInfo, kernels_from_file
 from .trt_predict import predict_kernels
 from .trt_prediction import Prediction, readable
-from .trt_report_views import html_page, report_text
+from .trt_report_views import KernelRow, html_page, report_text
 
-__all__ = ["EngineReport", "KernelRow", "report_engine"]
+__all__ = ["EngineReport", "report_engine"]
 
 _RTX_KINDS = frozenset({"correlation", "gett"})
 """Layer types that only TensorRT-RTX's plans have."""
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One kernel of the engine and where it came from.
-
-    Attributes:
-        kernel: The kernel.
-        predicted: Names of the predicted kernels that its nodes were to be in.
-        fx_nodes: Nodes of fxq's graph.
-        module_paths: The user's modules.
-        sources: The user's ``file:line``.
-    """
-
-    kernel: LayerInfo
-    predicted: tuple[str, ...] = ()
-    fx_nodes: tuple[str, ...] = ()
-    module_paths: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return {
-            **dataclasses.asdict(self),
-            "weighted": self.kernel.weighted,
-            "reads_int8": self.kernel.reads_int8,
-            "activation_bytes": self.kernel.activation_bytes,
-        }
 
 
 @dataclass(frozen=True)
@@ -130,11 +102,11 @@ class EngineReport:
         Args:
             width: Columns.
         """
-        return report_text(self, width)
+        return report_text(self.summary(), self.rows, self.findings, width)
 
     def html(self) -> str:
         """The report as one page of HTML that refers to nothing outside itself."""
-        return html_page(self)
+        return html_page(self.name, self.summary(), self.rows, self.findings, self.prediction)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write :meth:`html` to a file, whole or not at all.
