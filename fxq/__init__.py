@@ -27,12 +27,14 @@ from .flow import (
     trace,
 )
 from .graph import Annotation
+from .graph_diff import diff
 from .manager import PassManager, Pipeline
 from .methods import score_methods
 from .passbase import Pass, PassResult
 from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
 from .rewriting import RewritePass
+from .steps import Steps
 from .target import Target
 from .viewer import View, view
 
@@ -54,6 +56,7 @@ __all__ = [
     "Recipe",
     "RewritePass",
     "Rule",
+    "Steps",
     "Target",
     "View",
     "build",
@@ -61,6 +64,7 @@ __all__ = [
     "calibration_io",
     "compare",
     "convert",
+    "diff",
     "engine_report",
     "export",
     "format_graph",

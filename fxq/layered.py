@@ -83,18 +83,19 @@ def arrange(
 
 def _rows(items: int, lines: Sequence[Line], first: Collection[int], last: Collection[int]) -> list[int]:
     rows = [0] * items
-    by_source = {line.source: line for line in lines}
+    readers: dict[int, list[int]] = defaultdict(list)
+    for line in lines:
+        readers[line.source] += line.targets
     floor = 1 if first else 0
     read = {target for line in lines for target in line.targets}
     for item in range(items):
         if item not in first:
             rows[item] = max(rows[item], floor)
-        if item in by_source:
-            for target in by_source[item].targets:
-                rows[target] = max(rows[target], rows[item] + 1)
+        for target in readers[item]:
+            rows[target] = max(rows[target], rows[item] + 1)
     for item in reversed(range(items)):  # what reads nothing stands right above its first reader
-        if item in by_source and item not in read and item not in first:
-            rows[item] = min(rows[target] for target in by_source[item].targets) - 1
+        if readers[item] and item not in read and item not in first:
+            rows[item] = min(rows[target] for target in readers[item]) - 1
     deepest = max((rows[i] for i in range(items) if i not in last), default=-1) + 1
     for item in last:
         rows[item] = deepest

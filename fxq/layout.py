@@ -22,6 +22,7 @@ __all__ = [
     "Placed",
     "Plan",
     "Spot",
+    "Strand",
     "Wire",
     "coordinate",
     "item_size",
@@ -88,6 +89,19 @@ class Wire:
 
 
 @dataclass(frozen=True)
+class Strand:
+    """Cells in one column that straight lines join.
+
+    Attributes:
+        side: 1 to the right of the trunk, -1 to the left.
+        cells: For each its index, and that of the next cell of its row towards the trunk, -1 if there is none.
+    """
+
+    side: int
+    cells: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A box's arrangement, with everything inside closed.
 
@@ -95,6 +109,7 @@ class Plan:
         key: The box.
         cells: What it holds.
         wires: What joins them.
+        strands: The cells beside the trunk, from it outwards, those together that are to stay in line.
         gaps: Pixels below each row.
         title: Width of its title.
     """
@@ -102,6 +117,7 @@ class Plan:
     key: str
     cells: tuple[Cell, ...]
     wires: tuple[Wire, ...]
+    strands: tuple[Strand, ...]
     gaps: tuple[float, ...]
     title: float
 
@@ -110,7 +126,8 @@ class Plan:
         return {
             "cells": [[c.kind, numbers.get(c.key, -1), c.row, c.x, c.width, c.height, int(c.old)] for c in self.cells],
             "wires": [[numbers[w.tensor], w.above, w.below, w.start, w.end, int(w.old)] for w in self.wires],
-            "gaps": list(self.gaps),
+            "strands": [[strand.side, strand.cells] for strand in self.strands],
+            "gaps": self.gaps,
             "title": self.title,
         }
 
@@ -203,9 +220,8 @@ def _plan(box: Box) -> Plan:
         for i in range(len(base), len(found.rows))
     ]
     wires = _wires(box, cells, found.segments)
-    return Plan(
-        box.key, tuple(cells), wires, _gaps(cells, wires), round(text_width(_title(box), 11, bold=True) + 34, 1)
-    )
+    title = round(text_width(_title(box), 11, bold=True) + 34, 1)
+    return Plan(box.key, tuple(cells), wires, _strands(cells, wires), _gaps(cells, wires), title)
 
 
 def _closed(child: Box | Item) -> tuple[str, str, float, float, bool]:
@@ -252,6 +268,31 @@ def _spread(cells: Sequence[Cell], segments: Sequence[Segment], *, above: bool) 
     return found
 
 
+def _strands(cells: Sequence[Cell], wires: Sequence[Wire]) -> tuple[Strand, ...]:
+    first = list(range(len(cells)))
+    for wire in sorted(wires, key=lambda w: cells[w.above].row):
+        if cells[wire.above].x == cells[wire.below].x:
+            first[wire.below] = first[wire.above]
+    rows: dict[int, list[int]] = defaultdict(list)
+    for index in sorted(range(len(cells)), key=lambda i: abs(cells[i].x)):
+        rows[cells[index].row].append(index)
+    strands: dict[tuple[float, int], list[tuple[int, int]]] = defaultdict(list)
+    for row in rows.values():
+        last = {1: -1, -1: -1}
+        for index in row:
+            x = cells[index].x
+            if x == 0:
+                last = {1: index, -1: index}
+                continue
+            side = 1 if x > 0 else -1
+            strands[abs(x), first[index] * side].append((index, last[side]))
+            last[side] = index
+    return tuple(
+        Strand(1 if cells[members[0][0]].x > 0 else -1, tuple(sorted(members)))
+        for _, members in sorted(strands.items())
+    )
+
+
 def _gaps(cells: Sequence[Cell], wires: Sequence[Wire]) -> tuple[float, ...]:
     """Room below each row: more where lines go sideways, and the more the farther they go."""
     gaps = [14.0] * (max((c.row for c in cells), default=0) + 1)
@@ -262,16 +303,21 @@ def _gaps(cells: Sequence[Cell], wires: Sequence[Wire]) -> tuple[float, ...]:
     return tuple(float(round(gap)) for gap in gaps)
 
 
-def opened_by_default(box: Box, limit: int) -> frozenset[str]:
+def opened_by_default(box: Box, limit: int, wanted: Collection[str] | None = None) -> frozenset[str]:
     """Which boxes are open at first: level by level, and all inside one box or none, as long as no more than `limit`
     marks are to be seen.
+
+    Args:
+        box: The whole.
+        limit: How many marks can be taken in.
+        wanted: Keys of items; with them, only boxes that hold some are opened.
     """
     opened: list[str] = []
     seen, level = len(box.children), [box]
     while level:
         below = []
         for outer in level:
-            inner = [child for child in outer.children if isinstance(child, Box)]
+            inner = [child for child in outer.children if isinstance(child, Box) and _holds(child, wanted)]
             more = sum(len(child.children) - 1 for child in inner)
             if seen + more <= limit:
                 seen += more
@@ -279,6 +325,10 @@ def opened_by_default(box: Box, limit: int) -> frozenset[str]:
                 below += inner
         level = below
     return frozenset(opened)
+
+
+def _holds(box: Box, wanted: Collection[str] | None) -> bool:
+    return wanted is None or any(item.key in wanted for item in box.items)
 
 
 def opened_to(box: Box, depth: int) -> frozenset[str]:
@@ -321,18 +371,21 @@ def place(plans: Mapping[str, Plan], opened: Collection[str], key: str = "") -> 
 
 
 def _pushed(here: Plan, inside: Mapping[int, Placed]) -> list[float]:
-    """Where the cells' centres come to lie when open boxes push aside what is not in their column."""
-    wider: dict[float, tuple[float, float]] = {}
-    for i, size in inside.items():
-        cell = here.cells[i]
-        left, right = wider.get(cell.x, (0.0, 0.0))
-        wider[cell.x] = max(left, size.left - cell.width / 2), max(right, size.right - cell.width / 2)
-    xs = []
-    for cell in here.cells:
-        before = sum(right for x, (_, right) in wider.items() if x < cell.x)
-        behind = sum(left for x, (left, _) in wider.items() if x > cell.x)
-        xs.append(cell.x + before - behind)
-    return [x - xs[0] for x in xs]
+    """Where the cells' centres come to lie when open boxes push away from the trunk what is in their way."""
+    wider = {
+        i: (max(0.0, size.left - here.cells[i].width / 2), max(0.0, size.right - here.cells[i].width / 2))
+        for i, size in inside.items()
+    }
+    none, shift = (0.0, 0.0), [0.0] * len(here.cells)
+    for strand in here.strands:
+        outer, inner = (1, 0) if strand.side > 0 else (0, 1)
+        moved = max(
+            abs(shift[beside] if beside >= 0 else 0.0) + wider.get(beside, none)[outer] + wider.get(cell, none)[inner]
+            for cell, beside in strand.cells
+        )
+        for cell, _ in strand.cells:
+            shift[cell] = strand.side * moved
+    return [cell.x + moved for cell, moved in zip(here.cells, shift, strict=True)]
 
 
 def _path(here: Plan, wire: Wire, spots: Sequence[Spot], rows: tuple[list[float], list[float]], height: float) -> str:

@@ -10,21 +10,19 @@
   // --- layout: fxq.layout.place ---------------------------------------------------------------------------------
 
   function pushed(plan, inside) {
-    const wider = new Map();
+    const wider = new Map(), shift = plan.cells.map(() => 0);
     for (const [i, size] of inside) {
-      const [, , , x, width] = plan.cells[i];
-      const [left, right] = wider.get(x) || [0, 0];
-      wider.set(x, [Math.max(left, size.left - width / 2), Math.max(right, size.right - width / 2)]);
+      const half = plan.cells[i][4] / 2;
+      wider.set(i, [Math.max(0, size.left - half), Math.max(0, size.right - half)]);
     }
-    const xs = plan.cells.map(([, , , x]) => {
-      let before = 0, behind = 0;
-      for (const [at, [left, right]] of wider) {
-        if (at < x) before += right;
-        if (at > x) behind += left;
-      }
-      return x + before - behind;
-    });
-    return xs.map((x) => x - xs[0]);
+    const grown = (i, end) => (wider.has(i) ? wider.get(i)[end] : 0);
+    for (const [side, cells] of plan.strands) {
+      const [outer, inner] = side > 0 ? [1, 0] : [0, 1];
+      const away = cells.map(([i, beside]) => Math.abs(beside >= 0 ? shift[beside] : 0) + grown(beside, outer) + grown(i, inner));
+      const moved = Math.max(...away);
+      for (const [i] of cells) shift[i] = side * moved;
+    }
+    return plan.cells.map((cell, i) => cell[3] + shift[i]);
   }
 
   function place(plans, opened, key) {

@@ -8,7 +8,7 @@ anywhere. Where no script runs, the still picture stays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, Final
@@ -39,15 +39,16 @@ class View:
     Args:
         sketch: What to show.
         depth: How many levels of modules are open; None opens as many as can be taken in at a glance.
+        wanted: Keys of items; with them, None opens only modules that hold some.
     """
 
-    def __init__(self, sketch: Sketch, *, depth: int | None = None) -> None:
+    def __init__(self, sketch: Sketch, *, depth: int | None = None, wanted: Collection[str] | None = None) -> None:
         box = nest(sketch)
         items = {item.key: item for item in sketch.items}
         numbers = {key: number for number, key in enumerate([*items, *(inner.key for inner in box.boxes)])}
         self.sketch = sketch
         self._drawing = Drawing(box, plan(box), items, numbers)
-        self._opened = opened_by_default(box, _LIMIT) if depth is None else opened_to(box, depth)
+        self._opened = opened_by_default(box, _LIMIT, wanted) if depth is None else opened_to(box, depth)
 
     def to_svg(self) -> str:
         """The picture as SVG, modules open and closed as at first; hovering shows what the panel says."""

@@ -64,7 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("passes",),
     ("backends",),
-    ("calibration_io", "comparison", "depiction", "flow", "viewer"),
+    ("calibration_io", "comparison", "depiction", "flow", "graph_diff", "steps", "viewer"),
     ("methods", "testing"),
     ("__init__", "demo"),
 )

@@ -18,9 +18,8 @@ def graphs(draw: st.DrawFn) -> tuple[list[float], list[Line]]:
     widths = draw(st.lists(st.floats(10, 200), min_size=count, max_size=count))
     lines = []
     for source in range(count - 1):
-        targets = draw(st.sets(st.integers(source + 1, count - 1), max_size=3))
-        if targets:
-            lines.append(Line(source, tuple(sorted(targets))))
+        later = st.sets(st.integers(source + 1, count - 1), min_size=1, max_size=3)
+        lines += [Line(source, tuple(sorted(targets))) for targets in draw(st.lists(later, max_size=2))]
     return widths, lines
 
 
@@ -64,6 +63,13 @@ def test_a_tensor_with_many_readers_has_one_line_with_branches() -> None:
     found = arrange([60.0] * 5, [Line(0, (1, 2, 3, 4)), Line(1, (2,)), Line(2, (3,)), Line(3, (4,))])
     bends = found.rows[5:]
     assert sorted(bends) == [1, 2, 3]
+
+
+def test_two_lines_may_leave_one_item() -> None:
+    """What an edge was, and what it is: both lead down."""
+    found = arrange([60.0] * 3, [Line(0, (1,)), Line(1, (2,)), Line(0, (2,))])
+    assert found.rows[:3] == (0, 1, 2)
+    assert {s.line for s in found.segments} == {0, 1, 2}
 
 
 def test_walls_have_rows_of_their_own() -> None:

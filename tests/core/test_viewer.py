@@ -13,13 +13,15 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 from golden import check_golden
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from toys import basic_net, image, seeded
 
 import fxq
 from fxq.depiction import depict
 from fxq.errors import FxqError
-from fxq.layout import opened_by_default, opened_to, place, plan
+from fxq.layout import Placed, opened_by_default, opened_to, place, plan
 from fxq.sketch import Item, Sketch, nest
 from fxq.viewer import View
 
@@ -282,3 +284,42 @@ def test_the_script_is_valid() -> None:
         pytest.skip("node is not installed; it checks the script's syntax")
     done = subprocess.run([node, "--check", ROOT / "fxq" / "view.js"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class Fork(nn.Module):
+    """Branches of unlike lengths inside branches, and a tensor that passes all of them."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.left = Fork(depth - 1) if depth else nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.right = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.left(torch.sigmoid(x)), self.right(x)
+        return torch.cat([a + x, b, x], 1)[:, :8] * torch.tanh(a)
+
+
+FORK = nest(depict(fxq.trace(Fork(2), image(2, 8))))
+FORK_PLANS = plan(FORK)
+
+
+@given(st.sets(st.sampled_from([box.key for box in FORK.boxes if box.key])))
+def test_nothing_overlaps_whatever_is_open(opened: set[str]) -> None:
+    def check(placed: Placed) -> None:
+        spots = [
+            (s.x - s.left, s.x + s.right, s.y, s.y + s.height)
+            for s, cell in zip(placed.spots, placed.plan.cells, strict=True)
+            if cell.kind in ("item", "box")
+        ]
+        for index, (left, right, top, bottom) in enumerate(spots):
+            assert left >= -placed.left
+            assert right <= placed.right
+            assert top >= 0
+            assert bottom <= placed.height
+            for other in spots[:index]:
+                assert right < other[0] or other[1] < left or bottom < other[2] or other[3] < top
+        for spot in placed.spots:
+            if spot.inside is not None:
+                check(spot.inside)
+
+    check(place(FORK_PLANS, opened))
