@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from ..errors import ExportError
+from ..errors import EngineError, ExportError
 from ..graph import has_state, state
 from . import onnx_inputs
 from .onnx_capture import Source, run_exporter
@@ -24,16 +25,38 @@ from .onnx_dynamic import DynamicShapes, dynamic_dims
 from .onnx_files import write_model
 from .onnx_inputs import Examples
 from .onnx_names import label_nodes, name_nodes
+from .onnx_numbers import ComputeDtype, compute_dtype
+from .onnx_ranges import largest_magnitudes
 from .onnx_types import needed_opset, type_zero_points
+from .onnx_typing import type_model
 
 if TYPE_CHECKING:
     import onnx
     from torch.onnx import ONNXProgram
 
-__all__ = ["export_onnx"]
+__all__ = ["Typed", "export_onnx"]
 
 
-def export_onnx(
+@dataclass(frozen=True)
+class Typed:
+    """The types of what is not quantized.
+
+    Attributes:
+        compute_dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        keep_io_types: Whether float inputs and outputs stay float32.
+        islands: Names of FX nodes that stay float32, with the reason.
+    """
+
+    compute_dtype: str = "fp32"
+    keep_io_types: bool = True
+    islands: Mapping[str, str] = field(default_factory=dict)
+
+
+FLOAT32: Final = Typed()
+"""No type but float32."""
+
+
+def export_onnx(  # noqa: PLR0913 - one option for each thing that a user decides
     gm: fx.GraphModule,
     example_args: tuple[Any, ...],
     example_kwargs: Mapping[str, Any] | None,
@@ -43,6 +66,7 @@ def export_onnx(
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    typing: Typed = FLOAT32,
 ) -> Path:
     """Write a converted graph as ONNX.
 
@@ -64,6 +88,7 @@ def export_onnx(
             nested ones.
         output_names: One per output tensor; default ``output``, numbered or with the keys of a dict where
             there are several.
+        typing: The types of what is not quantized; default all float32.
 
     Returns:
         `path`. Weights lie in the file itself up to 2 GB; beyond that in one file beside it.
@@ -75,14 +100,17 @@ def export_onnx(
     """
     if not isinstance(gm, fx.GraphModule):
         raise ExportError(f"cannot export a {type(gm).__name__}", hint="give export what fxq.convert returned")
-    version = needed_opset(gm, opset)
+    kind = compute_dtype(typing.compute_dtype)
+    version = needed_opset(gm, opset, at_least=kind.opset, because=f"compute_dtype={kind.name!r}")
     examples = Examples.of(gm, example_args, example_kwargs or {}, input_names)
     outputs = onnx_inputs.output_names(gm, output_names, examples.names)
     dims, tensors = dynamic_dims(examples.names, examples.tensors, dynamic_shapes)
     source = Source(gm, examples.with_tensors(tensors), dims, version)
     model = _name_and_clean(source, run_exporter(source), outputs)
     _check_result(model, source)
-    _write_provenance(model, gm)
+    if kind.name != "fp32":
+        _type(model, kind, typing, dict(zip(examples.names, tensors, strict=True)))
+    _write_provenance(model, gm, compute_dtype=kind.name)
     write_model(model, Path(path))
     return Path(path)
 
@@ -130,9 +158,23 @@ def _check_result(model: onnx.ModelProto, source: Source) -> None:
                 )
 
 
-def _write_provenance(model: onnx.ModelProto, gm: fx.GraphModule) -> None:
+def _type(model: onnx.ModelProto, kind: ComputeDtype, typing: Typed, inputs: Mapping[str, Tensor]) -> None:
+    """Write the compute dtype into a float32 model, with islands where its range is too small."""
+    largest: Mapping[str, float] = {}
+    if kind.has_less_range:
+        try:
+            largest = largest_magnitudes(model, inputs)
+        except EngineError as error:
+            raise ExportError(
+                f"the ranges that decide what cannot be {kind.name} are unknown: {error.message}",
+                hint='use compute_dtype="bf16", which has the range of float32, or "fp32"',
+            ) from error
+    type_model(model, kind, keep_io_types=typing.keep_io_types, islands=typing.islands, largest=largest)
+
+
+def _write_provenance(model: onnx.ModelProto, gm: fx.GraphModule, **more: str) -> None:
     """What the graph's state knows about where its numbers came from, one entry each, as text or JSON."""
-    known = state(gm).provenance if has_state(gm) else {}
+    known = {**(state(gm).provenance if has_state(gm) else {}), **more}
     for key, value in known.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         model.metadata_props.add(key=f"fxq.{key}", value=text)

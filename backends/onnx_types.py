@@ -41,29 +41,34 @@ _TYPES: Final[Mapping[torch.dtype, str]] = {
 _NAMES: Final[Mapping[str, str]] = {"float8_e4m3fn": "float8e4m3fn"}
 
 
-def needed_opset(gm: fx.GraphModule, asked: int | None) -> int:
+def needed_opset(gm: fx.GraphModule, asked: int | None, *, at_least: int = LOWEST, because: str = "") -> int:
     """The opset to export with (R15).
 
     Args:
         gm: The graph; what counts are the types that its quantize and dequantize nodes take and give.
         asked: What the user wants; None for the lowest that will do, 18 or more.
+        at_least: What else the file needs.
+        because: What needs that.
 
     Raises:
         ExportError: `asked` is too low for the graph or beyond what the exporter knows, or no opset has the
             types.
     """
-    needed, because = LOWEST, None
+    needed, at = max(LOWEST, at_least), None
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in (QUANTIZE, DEQUANTIZE):
             version = _version_for(node)
-            needed, because = (version, node) if version > needed else (needed, because)
+            needed, at = (version, node) if version > needed else (needed, at)
     if asked is None:
         return needed
     if asked > HIGHEST:
         raise ExportError(f"opset {asked} is not known here", hint=f"use {needed} to {HIGHEST}, or None for {needed}")
-    if asked < needed and because is not None:
-        what = f"opset {asked} is too low: the types of {because.name} need {needed} (R15)"
-        raise error_at(ExportError, what, because, hint=f"use opset={needed} or None")
+    if asked < needed and at is not None:
+        what = f"opset {asked} is too low: the types of {at.name} need {needed} (R15)"
+        raise error_at(ExportError, what, at, hint=f"use opset={needed} or None")
+    if asked < at_least > LOWEST:
+        what = f"opset {asked} is too low: {because} needs {at_least} (R15)"
+        raise ExportError(what, hint=f"use opset={at_least} or None")
     if asked < needed:
         raise ExportError(
             f"opset {asked} is too low: the exporter writes opset {LOWEST} and newer (R15)",

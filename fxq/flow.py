@@ -18,13 +18,14 @@ from .bias_correction import CORRECTIONS, Sampler, correct_biases
 from .calibration_report import CalibrationReport
 from .errors import CalibrationError, ConvertError, ExportError, RecipeError, TraceError
 from .fake_quantizers import POLICIES, ScalePolicy
-from .graph import error_at, state, tensor_info, update_state
+from .graph import error_at, origin, state, tensor_info, update_state
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
+from .passes.annotate import matches
 from .qdq import QUANTIZE
 from .quantizer import quantizers, submodule_name
 from .ranks import TIMEOUT, joined, on_first
-from .recipe import Method, Recipe
+from .recipe import Match, Method, Recipe, Rule
 from .reports import Report, build_report
 from .target import Target
 from .tracer import trace_model
@@ -365,8 +366,16 @@ def export(
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    compute_dtype: str = "fp32",
+    keep_io_types: bool = True,
+    islands: Sequence[Match] = (),
 ) -> Path:
-    """Write a converted graph as a Q/DQ ONNX file, cleaned up and checked.
+    """Write a converted graph as a Q/DQ ONNX file, cleaned up, strongly typed and checked.
+
+    TensorRT takes the types of an engine from this file (R1, R4): what is not quantized computes in
+    `compute_dtype`, scales and weights included. Where float16 has too little room for what calibration's
+    scales or the example inputs show, a float32 island remains; the file's nodes say why
+    (``fxq.float32`` in their metadata).
 
     Args:
         quantized: What :func:`convert` returned, or a traced float graph.
@@ -376,14 +385,21 @@ def export(
         opset: ONNX opset; None takes the lowest that holds what the graph uses (R15).
         input_names: Names of the ONNX inputs; None keeps the names of forward's parameters.
         output_names: Names of the ONNX outputs; None gives ``output`` or ``output_0``, ``output_1`` ….
+        compute_dtype: What is not quantized computes in ``"fp32"`` (default), ``"fp16"`` or ``"bf16"``.
+        keep_io_types: Keep float inputs and outputs float32 (default), as the model has them, and cast there;
+            False gives them the compute dtype. A quantizer at an input reads either, so a quantized network is
+            not slowed at its input; its outputs are small as a rule.
+        islands: What stays float32 whatever its range: matches as in :class:`fxq.Rule`, such as
+            ``"op:softmax"``, ``nn.LayerNorm`` or ``"decoder.*"``.
 
     Returns:
         The path.
 
     Raises:
         ExportError: The graph has observers still, or cannot be exported so.
+        RecipeError: An island matches nothing.
     """
-    from .backends.onnx_export import export_onnx
+    from .backends.onnx_export import Typed, export_onnx
 
     held = state(quantized)
     if "observed" in held.properties and "quantized" not in held.properties:
@@ -395,7 +411,8 @@ def export(
                 ExportError,
                 f"the graph computes in {str(info.dtype).removeprefix('torch.')}; Q/DQ files are written in float32",
                 node,
-                "prepare model.float() instead",
+                "prepare model.float(), and name the type here: "
+                'fxq.export(..., compute_dtype="fp16" or "bf16") writes it into the file',
             )
     return export_onnx(
         quantized,
@@ -406,7 +423,25 @@ def export(
         opset=opset,
         input_names=input_names,
         output_names=output_names,
+        typing=Typed(compute_dtype, keep_io_types, _islands(quantized, islands)),
     )
+
+
+def _islands(gm: fx.GraphModule, wanted: Sequence[Match]) -> dict[str, str]:
+    """Names of the nodes that the user wants in float32, with the reason."""
+    if isinstance(wanted, str | type) or callable(wanted):
+        raise RecipeError(f"islands={wanted!r} is no list", hint="write islands=[...]")
+    found: dict[str, str] = {}
+    for match in wanted:
+        rule = Rule(match, None)
+        names = [node.name for node in gm.graph.nodes if node.op.startswith("call_") and matches(rule, node)]
+        if not names:
+            paths = sorted({path for node in gm.graph.nodes if (path := origin(node).module_path)})
+            raise RecipeError(
+                f"the island {rule.text} matches no operation", hint=f"module paths here: {', '.join(paths[:12])}"
+            )
+        found.update(dict.fromkeys(names, f"islands names {rule.text}"))
+    return found
 
 
 def build(path: str | Path, engine_path: str | Path, **options: Any) -> Engine:
