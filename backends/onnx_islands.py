@@ -90,7 +90,7 @@ def _extreme_tensors(graph: FloatGraph, largest: Mapping[str, float]) -> dict[st
             continue
         name = node.input[0] if graph.roles[i] is Role.QUANTIZE else node.output[0]
         scale = _values(graph, node.input[1])
-        if scale is None or scale.dtype != "float32" or (node.op_type == "DequantizeLinear" and node.input[0] in graph.constants):
+        if scale is None or scale.dtype != "float32" or (name == node.output[0] and node.input[0] in graph.constants):
             continue
         if not kind.holds(scale, closely=True) or float(scale.max()) * 127 > kind.headroom:
             found.setdefault(name, f"a scale of {float(scale.max()):.3g} is beyond {kind.onnx_name}")

@@ -599,7 +599,11 @@ def test_provenance_goes_into_the_file(tmp_path: Path) -> None:
     set_state(gm, State(target=Target.load("tensorrt"), provenance=facts))
     model = export(gm, args, tmp_path / "m.onnx")
     held = {p.key: p.value for p in model.metadata_props}
-    assert held == {"fxq.torch": "2.x", "fxq.calibration": '{"batches": 0, "performance_only": true}'}
+    assert held == {
+        "fxq.torch": "2.x",
+        "fxq.calibration": '{"batches": 0, "performance_only": true}',
+        "fxq.compute_dtype": "fp32",
+    }
     assert model.producer_name == "fxq"
 
 
