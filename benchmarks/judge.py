@@ -150,14 +150,29 @@ class Judge:
         return result
 
     def _engine(self, path: Path, log: Path) -> dict[str, Any]:
-        command = [sys.executable, str(HERE / "engine.py"), str(path), "--log", str(log)]
-        command += ["--batch", str(self.settings.engine_batch)]
-        environment = dict(os.environ)
-        if self.settings.tensorrt is not None:
-            for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):
-                rest = [os.environ[variable]] if os.environ.get(variable) else []
-                environment[variable] = os.pathsep.join([str(self.settings.tensorrt), *rest])
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-        if done.returncode:
-            return {"ok": False, "errors": [f"exit {done.returncode}: {(done.stderr or done.stdout)[-600:]}"]}
-        return dict(json.loads(done.stdout))
+        return build_engine(path, log, self.settings.tensorrt, self.settings.engine_batch)
+
+
+def build_engine(path: Path, log: Path, tensorrt: Path | None, batch: int, limit: float = 900) -> dict[str, Any]:
+    """What engine.py says of `path` at a fixed batch; its failure is a result too.
+
+    Args:
+        path: The ONNX file.
+        log: Where the builder's log goes.
+        tensorrt: As in :class:`Settings`.
+        batch: The engine's batch.
+        limit: Seconds that it may take.
+    """
+    command = [sys.executable, str(HERE / "engine.py"), str(path), "--log", str(log), "--batch", str(batch)]
+    environment = dict(os.environ)
+    if tensorrt is not None:
+        for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):
+            rest = [os.environ[variable]] if os.environ.get(variable) else []
+            environment[variable] = os.pathsep.join([str(tensorrt), *rest])
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "errors": [f"over {limit:.0f} s"]}
+    if done.returncode:
+        return {"ok": False, "errors": [f"exit {done.returncode}: {(done.stderr or done.stdout)[-600:]}"]}
+    return dict(json.loads(done.stdout))

@@ -106,25 +106,45 @@ def torchvision_models() -> ModuleType:
 def seeded(build: Callable[[], nn.Module], warm_up: list[Tensor]) -> nn.Module:
     """A network with seeded random weights that behaves like a trained one where quantization is concerned.
 
-    BatchNorm's weights and biases are varied (equal ones would make every channel alike) and its running
-    statistics are taken from `warm_up`, a list of (N, C, H, W) batches. Returned in eval mode.
+    The weights and biases of normalizations are varied (equal ones would make every channel alike), BatchNorm's
+    running statistics are taken from `warm_up`, a list of input batches, and what torchvision begins at zero or
+    nearly so, to be learnt (classifiers of vision transformers, ConvNeXt's layer scales), is drawn. Returned in
+    eval mode.
     """
     torch.manual_seed(0)
     model = build()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     generator = torch.Generator().manual_seed(3)
     for norm in norms:
         norm.momentum = None  # the cumulative average over all batches
-        norm.weight.data = torch.exp(0.3 * torch.randn(norm.num_features, generator=generator))
-        norm.bias.data = 0.2 * torch.randn(norm.num_features, generator=generator)
+        _vary(norm, generator)
+    _draw_unlearnt(model, generator)
+    model.eval()  # dropout and stochastic depth, too, are as at inference
+    for norm in norms:
+        norm.train()
     if norms:
-        model.train()
         with torch.no_grad():
             for batch in warm_up:
                 model(batch)
-        for norm in norms:
-            norm.momentum = 0.1
+    for norm in norms:
+        norm.momentum = 0.1
     return model.eval()
+
+
+def _vary(norm: nn.Module, generator: torch.Generator) -> None:
+    norm.weight.data = torch.exp(0.3 * torch.randn(norm.weight.shape, generator=generator))
+    norm.bias.data = 0.2 * torch.randn(norm.bias.shape, generator=generator)
+
+
+def _draw_unlearnt(model: nn.Module, generator: torch.Generator) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
+            _vary(module, generator)
+        elif isinstance(module, nn.Linear) and not bool(module.weight.any()):
+            module.weight.data.normal_(0, module.in_features**-0.5, generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] == "layer_scale":
+            parameter.data = 0.3 * torch.exp(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def export_float(model: nn.Module, path: Path, image_shape: tuple[int, int, int], opset: int = 17) -> None:

@@ -240,6 +240,7 @@ _kind("normalize", F.normalize, "input", {"p": 2.0, "dim": 1, "eps": 1e-12})
 # Data movement: what goes in comes out, elsewhere.
 _kind("flatten", torch.flatten, "input", {"start_dim": 0, "end_dim": -1}, methods=("flatten",))
 _kind("reshape", torch.reshape, "input shape", methods=("reshape", "view"), variadic="shape")
+_kind("unflatten", torch.unflatten, "input dim sizes", methods=("unflatten",))
 _kind("permute", torch.permute, "input dims", methods=("permute",), variadic="dims")
 _kind("transpose", torch.transpose, "input dim0 dim1", functions=(torch.swapaxes, torch.swapdims),
       methods=("transpose", "swapaxes", "swapdims"))  # fmt: skip
@@ -337,6 +338,7 @@ MODULES: Final[dict[type[nn.Module], ModuleSpelling]] = {
     nn.Softmax: _module("softmax", "dim"),
     nn.LogSoftmax: _module("log_softmax", "dim"),
     nn.Flatten: _module("flatten", "start_dim end_dim"),
+    nn.Unflatten: _module("unflatten", "dim", sizes="unflattened_size"),
     nn.PixelShuffle: _module("pixel_shuffle", "upscale_factor"),
     nn.PixelUnshuffle: _module("pixel_unshuffle", "downscale_factor"),
     nn.ChannelShuffle: _module("channel_shuffle", "groups"),

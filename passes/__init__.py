@@ -7,7 +7,9 @@ from .annotate import Annotate
 from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .correct_biases import CorrectBiases
+from .decompose_attention import DecomposeAttention
 from .drop_identities import DropIdentities
+from .expand_attention import ExpandAttention
 from .expand_modules import ExpandModules
 from .finish_training import FinishTraining
 from .functionalize import Functionalize
@@ -29,7 +31,9 @@ __all__ = [
     "Canonicalize",
     "ConvertQuantizers",
     "CorrectBiases",
+    "DecomposeAttention",
     "DropIdentities",
+    "ExpandAttention",
     "ExpandModules",
     "FinishTraining",
     "Functionalize",

@@ -76,6 +76,55 @@ def _thin_matrix(node: fx.Node, few: int) -> str | None:
     return None
 
 
+_BEFORE_SOFTMAX: Final = frozenset(
+    ("mul", "div", "add", "sub", "reshape", "unflatten", "flatten", "masked_fill", "clamp")
+)
+_BEHIND_SOFTMAX: Final = frozenset(("dropout", "reshape", "unflatten", "flatten"))
+_FAR: Final = 12  # nodes between a product of attention and its softmax; a mask takes most of them
+
+
+def _attention(node: fx.Node, heads: list[int], longest: int) -> str | None:
+    left, right = (tensor_info(a) for a in node.args[:2])  # type: ignore[arg-type]
+    if left is None or right is None or min(len(left.shape), len(right.shape)) < 2:
+        return None
+    if kind_name(node) == "scaled_dot_product_attention":
+        size, lengths = left.shape[-1], (left.shape[-2], right.shape[-2])
+    elif _scores(node):
+        size, lengths = left.shape[-1], (left.shape[-2], right.shape[-1])
+    elif _weighs(node):
+        size, lengths = right.shape[-1], (left.shape[-2], left.shape[-1])
+    else:
+        return None
+    if size in heads and max(lengths) <= longest:
+        return None
+    return f"heads of {size} and sequences of {lengths[0]} and {lengths[1]}"
+
+
+def _scores(node: fx.Node) -> bool:
+    """Whether this product gives the scores that a softmax is taken of."""
+    for _ in range(_FAR):
+        kinds = {kind_name(user): user for user in node.users}
+        if "softmax" in kinds:
+            return True
+        on = [user for kind, user in kinds.items() if kind in _BEFORE_SOFTMAX]
+        if len(on) != 1:
+            return False
+        node = on[0]
+    return False
+
+
+def _weighs(node: fx.Node) -> bool:
+    """Whether this product reads the probabilities that a softmax gave."""
+    found: Any = node.args[0]
+    for _ in range(_FAR):
+        if not isinstance(found, fx.Node) or kind_name(found) == "softmax":
+            return isinstance(found, fx.Node)
+        if kind_name(found) not in _BEHIND_SOFTMAX:
+            return False
+        found = found.args[0]
+    return False
+
+
 def _always(_: fx.Node) -> str | None:
     return "whatever its shape"
 
@@ -85,6 +134,7 @@ CHECKS: Final[Mapping[str, Callable[..., str | None]]] = {
     "grouped-channels": _grouped_channels,
     "fp8-convolution": _fp8_convolution,
     "thin-matrix": _thin_matrix,
+    "attention": _attention,
     "always": _always,
 }
 """Checks that a target's heuristics may name. Each takes a quantized operation and the heuristic's
@@ -93,7 +143,7 @@ parameters, and returns what it saw, or None."""
 
 @dataclass(frozen=True)
 class Advise(Pass):
-    """Apply the target's kernel heuristics (R35 to R37, R43) to quantized operations.
+    """Apply the target's kernel heuristics (R35 to R37, R40, R43) to quantized operations.
 
     ``advise`` leaves the operation quantized and notes the rule; ``exclude`` makes it float. What a recipe
     asked for is never excluded, but noted.

@@ -62,7 +62,8 @@ class Annotate(Pass):
     def _annotate(editor: Editor, node: fx.Node, target: Target, rules: Sequence[tuple[int, Rule]]) -> set[int]:
         """Annotate one node; gives the indices of the rules that had a say."""
         placement = target.ops.get(kind_name(node))
-        if placement is None and products(node):
+        said = any(note.node == node.name and note.kind == "opaque" for note in state(editor.gm).notes)
+        if placement is None and products(node) and not said:
             text = f"{kind_name(node)} stays float: write it as torch.matmul or F.linear to quantize it"
             editor.note(node, "R20", text, kind="opaque")
         if placement is not None and _computed_weight(node, placement):

@@ -11,7 +11,9 @@ from .annotate import Annotate
 from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .correct_biases import CorrectBiases
+from .decompose_attention import DecomposeAttention
 from .drop_identities import DropIdentities
+from .expand_attention import ExpandAttention
 from .expand_modules import ExpandModules
 from .finish_training import FinishTraining
 from .functionalize import Functionalize
@@ -30,9 +32,11 @@ PREPARE: Final = Pipeline(
     (
         Functionalize(),
         ExpandModules(),
+        ExpandAttention(),
         Canonicalize(),
         DropIdentities(),
         FuseBatchNorm(),
+        DecomposeAttention(),
         Annotate(),
         Advise(),
         ResidualAdd(),

@@ -61,7 +61,8 @@ def names(pipeline: Pipeline) -> list[str]:
 
 def test_the_prepare_pipeline() -> None:
     assert str(PREPARE) == (
-        "prepare(functionalize, expand-modules, canonicalize, drop-identities, fuse-batch-norm, annotate, "
+        "prepare(functionalize, expand-modules, expand-attention, canonicalize, drop-identities, fuse-batch-norm, "
+        "decompose-attention, annotate, "
         "advise, residual-add, tie-scales, insert-quantizers)"
     )
     assert names(CONVERT)[-1] == "convert-quantizers"
@@ -218,7 +219,7 @@ def test_verification_names_pass_and_node() -> None:
     assert caught.value.node == "relu"
     assert "toys.py:" in str(caught.value.source)
     (note,) = caught.value.__notes__
-    assert note == "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, canonicalize"
+    assert note == "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, expand-attention, canonicalize"
 
 
 def test_verification_can_be_turned_off() -> None:

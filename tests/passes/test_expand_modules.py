@@ -75,6 +75,7 @@ CASES: dict[type[nn.Module], tuple[Tensor, tuple[Build, ...]]] = {
     nn.Softmax: (SEQUENCES, (lambda: nn.Softmax(1), lambda: nn.Softmax(None))),
     nn.LogSoftmax: (ROWS, (lambda: nn.LogSoftmax(-1), lambda: nn.LogSoftmax(None))),
     nn.Flatten: (IMAGES, (nn.Flatten, lambda: nn.Flatten(0, 2))),
+    nn.Unflatten: (IMAGES, (lambda: nn.Unflatten(1, (2, -1)),)),
     nn.PixelShuffle: (IMAGES, (lambda: nn.PixelShuffle(2),)),
     nn.PixelUnshuffle: (IMAGES, (lambda: nn.PixelUnshuffle(3),)),
     nn.ChannelShuffle: (IMAGES, (lambda: nn.ChannelShuffle(2),)),

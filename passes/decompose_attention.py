@@ -1,0 +1,93 @@
+"""Decompose attention: where the target runs its products in low precision, attention becomes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from ..editor import Editor
+from ..graph import state, tensor_info
+from ..ops import kind_name
+from ..passbase import Pass
+from .advise import CHECKS
+from .annotate import matches
+from .expand_attention import Builder, attend
+
+__all__ = ["DecomposeAttention"]
+
+
+@dataclass(frozen=True)
+class DecomposeAttention(Pass):
+    """Write scaled_dot_product_attention as two matrix products and a softmax, where those are to be quantized.
+
+    Problem: one call hides two products that TensorRT fuses in INT8, with quantizers before the first, between the
+    softmax and the second, and behind the second (R40).
+
+    Rewrite: matmul, scale, mask, softmax, matmul; the products are then placed like any others.
+
+    Declines: where the target's data exclude attention of these shapes (R40), with a note; where the target quantizes
+    no products; where a recipe rule keeps the call float. Also ``is_causal``, grouped queries, and dropout that
+    inference would apply, with a note: those stay one call.
+    """
+
+    name: ClassVar[str] = "decompose-attention"
+    requires: ClassVar[tuple[str, ...]] = ("canonical",)
+
+    def call(self, editor: Editor) -> None:
+        for node in list(editor.graph.nodes):
+            if kind_name(node) == "scaled_dot_product_attention" and "matmul" in state(editor.gm).target.ops:
+                self._decompose(editor, node)
+
+    @staticmethod
+    def _decompose(editor: Editor, node: fx.Node) -> None:
+        why = _kept(editor, node)
+        if why is not None:
+            editor.note(node, why[0], f"this attention stays one call in floating point: {why[1]}", kind="opaque")
+            return
+        if _float_by_recipe(editor, node):
+            return
+        query, key, value, mask = node.args
+        assert isinstance(query, fx.Node)
+        assert isinstance(key, fx.Node)
+        assert isinstance(value, fx.Node)
+        with editor.before(node):
+            build = Builder(editor, node)
+            result, _ = attend(build, query, key, value, _additive(build, query, mask), dropout=0.0,
+                               scale=node.kwargs["scale"])  # type: ignore[arg-type]  # fmt: skip
+        editor.replace(node, result)
+        editor.erase(node)
+
+
+def _kept(editor: Editor, node: fx.Node) -> tuple[str, str] | None:
+    """The rule and the reason by which a call stays whole."""
+    for heuristic in state(editor.gm).target.heuristics:
+        if "scaled_dot_product_attention" in heuristic.kinds and heuristic.action == "exclude":
+            saw = CHECKS[heuristic.check](node, **heuristic.parameters)
+            if saw is not None:
+                return heuristic.rule, f"{heuristic.reason}: {saw}"
+    for name in ("is_causal", "enable_gqa", "dropout_p"):
+        if node.kwargs[name]:
+            return "R20", f"it is called with {name}"
+    return None
+
+
+def _float_by_recipe(editor: Editor, node: fx.Node) -> bool:
+    wishes = [rule.edges.input for rule in state(editor.gm).recipe.rules if matches(rule, node)]
+    return bool(wishes) and wishes[-1] is None
+
+
+def _additive(build: Builder, query: fx.Node, mask: object) -> fx.Node | None:
+    """The mask as what is added to the scores; False in a mask of booleans forbids."""
+    if not isinstance(mask, fx.Node):
+        return None
+    info, like = tensor_info(mask), tensor_info(query)
+    assert info is not None
+    assert like is not None
+    if info.dtype is not torch.bool:
+        return mask
+    forbidden = build.call(torch.logical_not, mask, name="forbidden")
+    zeros = build.call(torch.zeros_like, mask, dtype=like.dtype, name="mask_zeros")
+    return build.call(torch.masked_fill, zeros, forbidden, float("-inf"), name="mask")
