@@ -61,7 +61,9 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class SyntheticTask(Task):
-    """A seeded network on synthetic images: 16 batches calibrate, 4 judge. Needs no data folder."""
+    """A seeded network on synthetic images: 16 batches calibrate unless it says otherwise, 4 judge. Needs no data
+    folder.
+    """
 
     batch: int = 8
     calibration_batches: int = 16
@@ -167,6 +169,10 @@ _ALL: tuple[Task, ...] = (
     SyntheticTask("resnet18", (3, 224, 224)),
     SyntheticTask("resnet50", (3, 224, 224)),
     SyntheticTask("mobilenet_v2", (3, 224, 224)),
+    *(
+        SyntheticTask(name, (3, 224, 224), calibration_batches=4)
+        for name in ("mobilenet_v3_large", "efficientnet_b0", "densenet121", "convnext_tiny", "vit_b_16", "swin_t")
+    ),
     CifarTask("cifar_resnet20"),
     CifarTask("cifar_resnet20_train", judged_on="train"),
     MnistTask("mnist_lenet"),

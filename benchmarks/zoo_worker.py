@@ -92,8 +92,9 @@ def _run(model: Any, batches: tuple[Tensor, ...]) -> list[Tensor]:
 
 def build(model: ZooModel, row: Row) -> tuple[nn.Module, bool]:
     """The seeded network, and whether it counts as large."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in model.skeleton().parameters())
+    torch.manual_seed(0)
+    skeleton = model.skeleton()
+    parameters = sum(p.numel() for p in skeleton.parameters())
     large = parameters > LARGE
     calibration, judged, batch = model.batches(large)
     row.facts["settings"] = {
@@ -105,7 +106,7 @@ def build(model: ZooModel, row: Row) -> tuple[nn.Module, bool]:
         "parameters": parameters,
     }
     warm_up = model.inputs(8 if large else 24, seed=4).split(4 if large else 8)
-    return networks.seeded(model.skeleton, list(warm_up)), large
+    return networks.seeded(lambda: skeleton, list(warm_up)), large
 
 
 def quantize(net: nn.Module, model: ZooModel, row: Row, large: bool) -> fx.GraphModule:

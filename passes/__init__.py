@@ -8,6 +8,7 @@ from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .correct_biases import CorrectBiases
 from .decompose_attention import DecomposeAttention
+from .decompose_products import DecomposeProducts
 from .drop_identities import DropIdentities
 from .expand_attention import ExpandAttention
 from .expand_modules import ExpandModules
@@ -32,6 +33,7 @@ __all__ = [
     "ConvertQuantizers",
     "CorrectBiases",
     "DecomposeAttention",
+    "DecomposeProducts",
     "DropIdentities",
     "ExpandAttention",
     "ExpandModules",

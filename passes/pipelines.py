@@ -12,6 +12,7 @@ from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .correct_biases import CorrectBiases
 from .decompose_attention import DecomposeAttention
+from .decompose_products import DecomposeProducts
 from .drop_identities import DropIdentities
 from .expand_attention import ExpandAttention
 from .expand_modules import ExpandModules
@@ -33,6 +34,7 @@ PREPARE: Final = Pipeline(
         Functionalize(),
         ExpandModules(),
         ExpandAttention(),
+        DecomposeProducts(),
         Canonicalize(),
         DropIdentities(),
         FuseBatchNorm(),

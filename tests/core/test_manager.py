@@ -19,7 +19,7 @@ from fxq.errors import PassError, RecipeError, VerifyError
 from fxq.graph import state
 from fxq.manager import PassManager, Pipeline
 from fxq.passbase import Pass
-from fxq.passes import CONVERT, PREPARE, Annotate, ConvertQuantizers, FuseBatchNorm, InsertQuantizers
+from fxq.passes import CONVERT, PREPARE, Annotate, ConvertQuantizers, DropIdentities, FuseBatchNorm, InsertQuantizers
 from fxq.printer import format_graph
 from fxq.quantizer import quantizers
 from fxq.recipe import Recipe, Rule
@@ -61,9 +61,8 @@ def names(pipeline: Pipeline) -> list[str]:
 
 def test_the_prepare_pipeline() -> None:
     assert str(PREPARE) == (
-        "prepare(functionalize, expand-modules, expand-attention, canonicalize, drop-identities, fuse-batch-norm, "
-        "decompose-attention, annotate, "
-        "advise, residual-add, tie-scales, insert-quantizers)"
+        "prepare(functionalize, expand-modules, expand-attention, decompose-products, canonicalize, drop-identities, "
+        "fuse-batch-norm, decompose-attention, annotate, advise, residual-add, tie-scales, insert-quantizers)"
     )
     assert names(CONVERT)[-1] == "convert-quantizers"
     PREPARE.check_order(frozenset({"traced"}))
@@ -107,7 +106,7 @@ ORDERS = {
         "add Annotate() before it",
     ),
     "a provider that comes later": (
-        PREPARE.without("drop-identities").after("fuse-batch-norm", *PREPARE.passes[3:4]),
+        PREPARE.without("drop-identities").after("fuse-batch-norm", DropIdentities()),
         "in pipeline prepare, fuse-batch-norm needs a graph that is canonical",
         "move drop-identities before it",
     ),
@@ -219,11 +218,14 @@ def test_verification_names_pass_and_node() -> None:
     assert caught.value.node == "relu"
     assert "toys.py:" in str(caught.value.source)
     (note,) = caught.value.__notes__
-    assert note == "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, expand-attention, canonicalize"
+    assert note == (
+        "in pass unfunctional of pipeline prepare, after functionalize, expand-modules, expand-attention, "
+        "decompose-products, canonicalize"
+    )
 
 
 def test_verification_can_be_turned_off() -> None:
-    pipeline = Pipeline("p", (*PREPARE.passes[:3], Unfunctional()))
+    pipeline = PREPARE.after("canonicalize", Unfunctional())
     gm = PassManager(verify_each=False).run(pipeline, traced(lenet(), image(1, 1, 28, 28)))
     assert [n for n in gm.graph.nodes if n.target is torch.relu_]
 

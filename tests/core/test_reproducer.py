@@ -22,7 +22,7 @@ from fxq.errors import FxqError, PassError
 from fxq.instruments import NumericCheck
 from fxq.manager import PassManager, Pipeline
 from fxq.passbase import Pass
-from fxq.passes import PREPARE
+from fxq.passes import PREPARE, Annotate
 from fxq.reproducer import Reproducer, save_reproducer
 
 X = (2, 3, 16, 16)
@@ -137,7 +137,7 @@ def test_a_numeric_failure_is_checked_again(tmp_path: Path) -> None:
 def test_a_built_in_pass(tmp_path: Path) -> None:
     """The graph claims what it has not, so the pass that relies on it fails; its class needs no copy."""
     gm = before("annotate", lenet(), image(1, 1, 28, 28), recipe=fxq.Recipe([fxq.Rule("nowhere", None)]))
-    error = failing(PREPARE.passes[5], gm, tmp_path)
+    error = failing(Annotate(), gm, tmp_path)
     assert "matches no operation" in error.message
     assert error.message in again(tmp_path / "annotate")
     assert sorted(f.name for f in (tmp_path / "annotate").iterdir() if f.is_file()) == [

@@ -59,8 +59,8 @@ def test_tensorrt_names_what_exists() -> None:
     assert target.kinds <= set(KINDS)
     cited = {p.rule for p in target.ops.values()} | {h.rule for h in target.heuristics}
     assert cited <= set(RULES)
-    assert {"R35", "R36", "R37", "R43"} == {h.rule for h in target.heuristics}
-    assert {h.action for h in target.heuristics} == {"advise"}
+    assert {"R35", "R36", "R37", "R40", "R43"} == {h.rule for h in target.heuristics}
+    assert {h.rule for h in target.heuristics if h.action == "exclude"} == {"R40"}
 
 
 def test_a_target_is_returned_as_it_is() -> None:

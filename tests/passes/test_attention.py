@@ -209,3 +209,56 @@ def test_training_keeps_attention_dropout() -> None:
     ]
     assert len(names) == 1
     assert node(gm, names[0]).args[0] is not None
+
+
+EQUATIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "scores": ("bhid,bhjd->bhij", (2, 3, 5, 4), (2, 3, 6, 4)),
+    "weighted sum": ("bhij,bhjd->bhid", (2, 3, 5, 6), (2, 3, 6, 4)),
+    "capitals and spaces": ("B G H I D, B G H J D -> B G H I J", (1, 2, 3, 5, 4), (1, 2, 3, 6, 4)),
+    "another order": ("bqhd,bkhd->bhqk", (2, 5, 3, 4), (2, 6, 3, 4)),
+    "result turned": ("bid,bjd->bji", (2, 5, 4), (2, 6, 4)),
+    "no batch": ("xij,jk->xik", (2, 5, 4), (4, 6)),
+    "implicit": ("ij,jk", (5, 4), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_einsum_of_two_operands_is_one_product(case: str) -> None:
+    equation, first, second = EQUATIONS[case]
+    inputs = image(*first), image(*second, seed=1)
+    for model in (
+        Lambda2(lambda _, x, y: torch.einsum(equation, x, y)),
+        Lambda2(lambda _, x, y: torch.einsum(equation, [x, y])),
+    ):
+        gm = prepared(model, *inputs)
+        (product,) = of_kind(gm, "matmul")
+        assert all(is_quantizer(a) for a in product.args)
+        same_numbers(gm, model, *inputs)
+
+
+def test_einsum_with_a_stored_weight_is_a_linear_layer() -> None:
+    model = Lambda(lambda m, x: torch.einsum("bij,kj->bik", x, m.weight), weight=nn.Parameter(image(6, 4)))
+    gm = prepared(model, image(2, 5, 4))
+    (layer,) = of_kind(gm, "linear")
+    assert decided(gm, layer.name) == {0: "int8 per-tensor mse R20", 1: "int8 per-channel(0) max R20"}
+    same_numbers(gm, model, image(2, 5, 4))
+
+
+@pytest.mark.parametrize("equation", ["ij,ij->ij", "ij,ij->", "...ij,...jk->...ik", "iij,jk->ik", "ij,kl->ijkl"])
+def test_other_equations_stay_as_they_are(equation: str) -> None:
+    side = 4 if "..." not in equation else 3
+    left = image(*[side] * (3 if "iij" in equation else 2))
+    gm = prepared(Lambda2(lambda m, x, y: m.fc(torch.einsum(equation, x, y).reshape(1, -1)[:, :1]), fc=nn.Linear(1, 1)),
+                  left, image(side, side, seed=1))  # fmt: skip
+    assert [n.name for n in gm.graph.nodes if n.target is torch.einsum] == ["einsum"]
+
+
+def test_products_with_a_sum() -> None:
+    model = Lambda2(lambda _, x, y: torch.addmm(y[0, 0], x[0], y[0].t()) + torch.baddbmm(y[:1], x[:1], y[:1])[0])
+    inputs = image(2, 6, 6), image(2, 6, 6, seed=1)
+    gm = prepared(model, *inputs)
+    assert len(of_kind(gm, "matmul")) == 2
+    same_numbers(gm, model, *inputs)
+    scaled = Lambda2(lambda _, x, y: torch.addmm(y[0], x[0], y[0], alpha=2) @ x[1])
+    (note,) = notes(prepared(scaled, *inputs), "opaque")
+    assert note.text == "addmm stays float: write it as torch.matmul or F.linear to quantize it"

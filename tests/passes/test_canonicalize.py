@@ -431,6 +431,7 @@ SPELLINGS: dict[str, tuple[Tensor, tuple[Call, ...]]] = {
         ),
     ),
     "t": (V, (torch.t, lambda x: x.t())),
+    "unflatten": (V, (lambda x: x.unflatten(1, (1, -1)), lambda x: torch.unflatten(x, 1, sizes=(1, -1)))),
     "unsqueeze": (V, (lambda x: x.unsqueeze(1), lambda x: torch.unsqueeze(x, dim=-1))),
     "squeeze": (
         image(2, 1, 1, 3),
