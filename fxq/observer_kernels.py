@@ -1,8 +1,8 @@
 """Collecting on a GPU: one read for minimum and maximum, one sparse read for the histogram.
 
 Eager PyTorch needs twenty kernels for the same, most of them for single numbers, and its histogram writes its
-sample out three times. Only :mod:`fxq.observers` loads this room, and only where Triton is installed. Triton reads a
-kernel's annotations itself and knows no types but its own, so kernels have none.
+sample out three times. Only :mod:`fxq.observer_base` loads this room, and only where Triton is installed. Triton
+reads a kernel's annotations itself and knows no types but its own, so kernels have none.
 """
 
 # mypy: disable-error-code="import-not-found,no-untyped-def,no-untyped-call,untyped-decorator,misc"

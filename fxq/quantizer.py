@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .buffers import FlexibleState
 from .errors import CalibrationError
-from .observers import FlexibleState, Histogram, Observer, make_observer
+from .observers import Histogram, Observer, make_observer
 from .qdq import fake_quantize
 from .qparams import scale_and_zero_point, weight_range
 from .recipe import Method, QSpec

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("html", "layered", "optional", "sketch", "tables"),
     ("recipe", "rules", "specs", "target"),
     (
+        "buffers",
         "folding",
         "histogram",
         "observer_kernels",
@@ -31,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "thresholds",
         "triton_kernels",
     ),
-    ("observers", "quantizer"),
+    ("histogram_observer", "moving_average", "observer_base", "observers", "quantizer"),
     ("editor", "graph", "layout", "op_table", "ops", "patterns", "printer", "views"),
     (
         "arguments",
