@@ -1,11 +1,11 @@
-"""Batches of any usual form, as a model's arguments."""
+"""Batches of any usual form, as a model's arguments, and why one does not fit."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .errors import CalibrationError
 from .graph import STATE, State
 
-__all__ = ["Inputs", "limited", "model_inputs", "moved", "random_batches"]
+__all__ = ["Inputs", "each_batch", "limited", "misfit", "model_inputs", "moved", "random_batches"]
 
 
 class Inputs(NamedTuple):
@@ -117,12 +117,99 @@ def moved(inputs: Inputs, device: torch.device | None) -> Inputs:
     return Inputs(*pytree.tree_map(move, tuple(inputs)))
 
 
+def misfit(model: nn.Module, batch: Any, error: Exception) -> CalibrationError | None:
+    """What to say of a batch that made a prepared graph raise; None if it is like the example that was prepared with.
+
+    Args:
+        model: The prepared graph.
+        batch: The batch, as it came.
+        error: What was raised.
+    """
+    held = model.meta.get(STATE) if isinstance(model, fx.GraphModule) else None
+    if not isinstance(held, State) or not (held.example_args or held.example_kwargs):
+        return None
+    try:
+        inputs = model_inputs(model, batch)
+    except CalibrationError:
+        return None  # which says it all
+    signature = inspect.signature(model.forward)
+    expected = signature.bind_partial(*held.example_args, **held.example_kwargs).arguments
+    given = signature.bind_partial(*inputs.args, **inputs.kwargs).arguments
+    unlike = [name for name, like in expected.items() if not _alike(given.get(name), like, like_shape=True)]
+    if not unlike:
+        return None
+    facts = (
+        f"{name} is {_described(given.get(name))}, the example was {_described(expected[name])}" for name in unlike
+    )
+    return CalibrationError(
+        f"the model does not take this batch: {'; '.join(facts)} ({type(error).__name__}: {_first_line(error)})",
+        hint=_way_out(batch, expected[unlike[0]]),
+    )
+
+
+def _way_out(batch: Any, example: Any) -> str:
+    """What to do about a batch that has no such thing as `example` where the model's input should be."""
+    parts = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, tuple | list) else ()
+    for key, part in parts:
+        if isinstance(example, Tensor) and _alike(part, example, like_shape=False):
+            return f"batch[{key!r}] looks like it: pass forward=lambda model, batch: model(batch[{key!r}])"
+    if isinstance(example, Tensor) and isinstance(batch, Tensor | np.ndarray):
+        if batch.ndim == example.ndim - 1:
+            return "is it a single sample? feed batches, or pass forward=lambda model, batch: model(batch[None])"
+        if batch.shape[1:] == example.shape[1:]:
+            return f"convert the data to {str(example.dtype).removeprefix('torch.')} first, as your training does"
+    return (
+        "let a batch be like the example: a tensor, a tuple that begins with the inputs, or a dict by their names; "
+        "or run it in your own way with forward=lambda model, batch: …"
+    )
+
+
+def _alike(given: Any, example: Any, *, like_shape: bool) -> bool:
+    """Whether an input is a tensor of the example's dtype and number of axes, and of its shape but for the first."""
+    if not isinstance(example, Tensor):
+        return isinstance(given, type(example))
+    if isinstance(given, np.ndarray):
+        given = torch.from_numpy(given)
+    if not isinstance(given, Tensor) or (given.dtype, given.ndim) != (example.dtype, example.ndim):
+        return False
+    return not like_shape or given.shape[1:] == example.shape[1:]
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(str, value))}"
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def _first_line(error: Exception) -> str:
+    text = error.message if isinstance(error, CalibrationError) else str(error)
+    return text.partition("\n")[0]
+
+
+def each_batch(batches: Any) -> Iterable[Any]:
+    """The batches; one tensor, array or dict is the only one.
+
+    Raises:
+        CalibrationError: They cannot be iterated over.
+    """
+    if isinstance(batches, Tensor | np.ndarray | Mapping):
+        return [batches]
+    try:
+        iter(batches)
+    except TypeError:
+        raise CalibrationError(
+            f"batches is a {type(batches).__name__}", hint="pass a DataLoader, a list, a generator, or one tensor"
+        ) from None
+    return batches  # type: ignore[no-any-return]
+
+
 def limited(batches: Any, most: int | None, *, show: bool) -> Iterator[Any]:
     """The batches to feed, under a progress bar if one is wanted and stderr is a terminal."""
     from tqdm import tqdm
 
-    if isinstance(batches, Tensor | Mapping):
-        batches = [batches]
+    batches = each_batch(batches)
     try:
         total: int | None = len(batches)
     except TypeError:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from .batches import limited, model_inputs, moved, random_batches
+from .batches import limited, misfit, model_inputs, moved, random_batches
 from .calibration_report import CalibrationReport, CalibrationRow, report_row
 from .errors import CalibrationError
 from .graph import constant, origin
@@ -110,20 +110,25 @@ def _collect(
             "this graph has no quantizers",
             hint="calibrate what fxq.prepare returned, with a recipe that quantizes",
         )
-    if max_batches is not None and max_batches < 1:
-        raise CalibrationError(f"max_batches is {max_batches}", hint="give 1 or more, or None for all")
+    if max_batches is not None and (not hasattr(max_batches, "__index__") or max_batches < 1):
+        raise CalibrationError(f"max_batches is {max_batches!r}", hint="give a whole number from 1 on, or None for all")
     observing = [q for q in found.values() if q.observer is not None]
     later = ranks is not None and ranks.rank > 0
     for observer in (q.observer for q in observing if q.observer is not None):
         if reset or (later and observer.shared):  # what all ranks hold alike counts once: as the first one's
             observer.reset()
-    feeder = _Feeder(gm, observing, forward or _plain_forward(gm))
+    feeder = _Feeder(gm, observing, forward or _plain_forward(gm), plain=forward is None)
     show = progress and (ranks is None or ranks.rank == 0)
     with _collecting(gm, observing):
         fed = feeder.run(limited(batches, max_batches, show=show))
     if fed == 0:
         raise CalibrationError(
             "there was no batch to calibrate on", hint="pass at least one; a generator can be read only once"
+        )
+    if not any(q.fed for q in observing) and observing:
+        raise CalibrationError(
+            f"none of {fed} batches reached a quantizer",
+            hint="are the batches empty?" if forward is None else "forward(model, batch) is to call the given model",
         )
 
 
@@ -222,6 +227,7 @@ class _Feeder:
     gm: fx.GraphModule
     observing: Sequence[Quantizer]
     forward: Forward
+    plain: bool
 
     def run(self, batches: Iterator[Any]) -> int:
         """Feed all batches; gives how many there were."""
@@ -244,8 +250,11 @@ class _Feeder:
         try:
             self.forward(self.gm, batch)
         except Exception as error:
-            error.add_note(f"while fxq calibrated on batch {index}")
-            raise
+            told = misfit(self.gm, batch, error) if self.plain else None
+            (told or error).add_note(f"while fxq calibrated on batch {index}")
+            if told is None:
+                raise
+            raise told from error
 
     def _check(self, recent: deque[tuple[int, Any]]) -> None:
         """Raise if any observer saw NaN or Inf; the one read from the device in so many batches."""

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from . import calibration
 from .arguments import example_arguments
-from .batches import Inputs, model_inputs, moved
+from .batches import Inputs, each_batch, model_inputs, moved
 from .bias_correction import CORRECTIONS, Sampler, correct_biases
 from .calibration_report import CalibrationReport
 from .errors import CalibrationError, ConvertError, ExportError, RecipeError, TraceError
@@ -326,7 +326,7 @@ def solve(
     same = all(torch.equal(before[name], q.scale.cpu()) for name, q in quantizers(prepared).items())
     if batches is not None:
         device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-        inputs = [moved(model_inputs(prepared, batch), device) for batch in batches]
+        inputs = [moved(model_inputs(prepared, batch), device) for batch in each_batch(batches)]
         _store_corrections(prepared, correct_biases(prepared, inputs))
     elif not same:
         _store_corrections(prepared, {})
@@ -486,7 +486,7 @@ def quantize(
     Raises:
         CalibrationError: There is no batch.
     """
-    iterator = iter([batches] if isinstance(batches, torch.Tensor) else batches)
+    iterator = iter(each_batch(batches))
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there is no batch to calibrate on", hint="pass an iterable of inputs")

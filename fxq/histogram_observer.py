@@ -175,6 +175,9 @@ class Histogram(Observer):
     def best(self, spec: QSpec) -> Method:
         """The method whose ranges give the least squared quantization error over all that was counted.
 
+        Of methods that so many values cannot tell apart it is the one with the widest ranges: see
+        :func:`fxq.thresholds.least_error`.
+
         Args:
             spec: A complete spec, the one the observer was made for.
         """
@@ -183,8 +186,7 @@ class Histogram(Observer):
         methods = [Method(name) for name in ("mse", "entropy", "percentile")]
         ranges = [_BY_HISTOGRAM[m.name](bins, m, spec) for m in methods] + [(bins.amin, bins.amax)]
         low, high = (torch.stack(ends, dim=1) for ends in zip(*ranges, strict=True))
-        error = thresholds.squared_error(bins.without_zeros(), low, high, spec).sum(dim=0)
-        return [*methods, Method("max")][int(error.argmin())]
+        return [*methods, Method("max")][thresholds.least_error(bins.without_zeros(), low, high, spec)]
 
     def _bins(self) -> thresholds.Bins:
         return thresholds.Bins(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .buffers import FlexibleState
-from .errors import CalibrationError
+from .errors import CalibrationError, RecipeError
 from .observers import Histogram, Observer, make_observer
 from .qdq import fake_quantize
 from .qparams import scale_and_zero_point, weight_range
-from .recipe import Method, QSpec
+from .recipe import METHODS, Method, QSpec
 
 __all__ = [
     "QUANTIZERS",
@@ -185,7 +185,11 @@ class Quantizer(FlexibleState):
             raise self._named(error) from error
 
     def _method(self, method: Method | str | None) -> Method:
-        return Method(method) if isinstance(method, str) else method or self.spec.calibration
+        if method is None:
+            return self.spec.calibration
+        if not isinstance(method, Method | str):
+            raise RecipeError(f"method is a {type(method).__name__}", hint=f"use one of {', '.join(METHODS)}")
+        return Method(method) if isinstance(method, str) else method
 
     def range(self, method: Method | str | None = None, others: Iterable[Quantizer] = ()) -> tuple[Tensor, Tensor]:
         """The range (amin, amax) that :meth:`solve` would quantize over; nothing is changed."""
@@ -285,8 +289,12 @@ def solve_all(gm: nn.Module, method: Method | str | None = None) -> None:
         else:
             solved += [(q, solution) for q in group]
     if problems:
+        reasons: dict[str, list[str]] = {}
+        for problem in problems:
+            reasons.setdefault(problem.message.removeprefix(f"{problem.node}: "), []).append(str(problem.node))
         raise CalibrationError(
-            f"{len(problems)} quantizers cannot be solved: {'; '.join(e.message for e in problems)}",
+            f"{len(problems)} quantizers cannot be solved: "
+            + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
             hint=problems[0].hint,
         ) from problems[0]
     for quantizer, solution in solved:

@@ -242,7 +242,7 @@ def test_solve_all_keeps_ties_together() -> None:
 def test_solve_all_names_every_problem_and_changes_nothing() -> None:
     a, b, c = (make(name) for name in "abc")
     fed(a, torch.randn(5))
-    with pytest.raises(CalibrationError, match=r"2 quantizers cannot be solved: b: nothing.*; c: nothing"):
+    with pytest.raises(CalibrationError, match=r"2 quantizers cannot be solved: b, c: nothing"):
         solve_all(container(a=a, b=b, c=c))
     assert not a.solved
 

@@ -283,3 +283,55 @@ def test_degenerate_data_keeps_its_range(method: str, kind: str, values: list[An
     reach = float(torch.maximum(amin.abs(), amax.abs()))
     assert reach == pytest.approx(float(x.abs().max()), rel=2e-3)
     scale_and_zero_point(amin, amax, spec)
+
+
+def loop_least(bins: thresholds.Bins, ends: list[tuple[Tensor, Tensor]], spec: QSpec) -> int:
+    """The widest way whose error is within two standard errors of the least, value by value of the histogram."""
+    middle = (torch.arange(bins.counts.shape[1]) - bins.zero + 0.5) * bins.width[0]
+    filled = bins.counts[0] > 0
+    x, count = middle[filled].repeat_interleave(64), bins.counts[0][filled].repeat_interleave(64) / 64
+    x = x + ((torch.arange(64) + 0.5) / 64 - 0.5).repeat(int(filled.sum())) * bins.width[0]
+    per_bin = []
+    for low, high in ends:
+        error = (fake_quantize(x, *scale_and_zero_point(low, high, spec), None, spec.qdtype.name) - x) ** 2
+        per_bin.append((error * count).view(-1, 64).sum(1) / bins.counts[0][filled])
+    weight = bins.counts[0][filled]
+    best = min(range(len(ends)), key=lambda k: float((per_bin[k] * weight).sum()))
+    chosen, widest = best, -1.0
+    for k, (low, high) in enumerate(ends):
+        more = per_bin[k] - per_bin[best]
+        told = float((more * weight).sum()) > 2 * float((more**2 * weight).sum()) ** 0.5
+        if not told and float(high - low) > widest:
+            chosen, widest = k, float(high - low)
+    return chosen
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("kind", list(SPECS))
+def test_the_least_error_equals_a_loop_over_values(name: str, kind: str) -> None:
+    spec = SPECS[kind]
+    chosen = set()
+    for count in (50, 500, 20000):
+        bins = bins_of(data(name)[:count], spec)[1].without_zeros()
+        ends = [bins.within(share * bins.reach) for share in (1.0, 0.97, 0.9, 0.7, 0.4)]
+        low, high = (torch.stack(side, dim=1) for side in zip(*ends, strict=True))
+        found = thresholds.least_error(bins, low, high, spec)
+        assert found == loop_least(bins, [(lo[0], hi[0]) for lo, hi in ends], spec)
+        chosen.add(found)
+    if name == "normal" and kind == "int4":
+        assert len(chosen) > 1  # more values tell more apart
+
+
+def test_one_way_is_chosen_for_all_channels_together() -> None:
+    spec = SPECS["int4"]
+    rows = torch.stack([torch.randn(20000), torch.randn(20000) ** 3], dim=1)
+    observer = Histogram(symmetric=True, axis=1)
+    observer.collect(rows)
+    observer.flush()
+    bins = observer._bins().without_zeros()
+    ends = [bins.within(share * bins.reach) for share in (1.0, 0.25)]
+    low, high = (torch.stack(side, dim=1) for side in zip(*ends, strict=True))
+    errors = thresholds.squared_error(bins, low, high, spec)
+    assert errors[0, 0] < errors[0, 1]  # the first channel alone would take all
+    assert errors[1, 0] > errors[1, 1]
+    assert thresholds.least_error(bins, low, high, spec) == int(errors.sum(dim=0).argmin()) == 1
