@@ -6,7 +6,7 @@ backends.
 
 from __future__ import annotations
 
-from . import calibration_io, passes, pictures, qat
+from . import calibration_io, notebook_display, passes, pictures, qat
 from .ablation import sensitivity
 from .comparison import compare
 from .editor import Editor
@@ -83,3 +83,5 @@ __all__ = [
     "trace",
     "view",
 ]
+
+notebook_display.register()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from . import html
 from .errors import CalibrationError
 from .observers import Histogram
 from .pictures import GREEN, LINES, new_figure
@@ -74,6 +75,15 @@ class CalibrationReport:
         headings = {"tensor": False, "module": False, "method": False}
         headings |= {"min": True, "max": True, "scale": True, "marks": False}
         return table(headings, map(_cells, self.rows), title=f"calibrated on {self.batches} batches")
+
+    def _repr_html_(self) -> str:
+        marked = [row for row in self.rows if row.marks]
+        rows = [_cells(row) for row in self.rows]
+        columns = ("tensor", "module", "method", "min", "max", "scale", "marks")
+        odd = ", ".join(f"{row.name} ({', '.join(row.marks)})" for row in marked)
+        words = [html.element("p", f"to look at: {odd}")] if odd else []
+        shown = html.folded_table(columns, rows, "tensors", right=(3, 4, 5))
+        return html.card(f"{len(rows)} tensors calibrated on {self.batches} batches", [*words, shown])
 
     def plot(self, tensor: str) -> Figure:
         """A picture of a tensor's histogram, with the range in use and the ends that each method chooses.

@@ -14,9 +14,22 @@ from html import escape
 from importlib import resources
 from typing import Any, Final
 
-__all__ = ["Html", "as_html", "card", "details", "element", "image", "json_script", "share", "sheet", "table"]
+__all__ = [
+    "Html",
+    "as_html",
+    "card",
+    "details",
+    "element",
+    "folded_table",
+    "image",
+    "json_script",
+    "share",
+    "sheet",
+    "table",
+]
 
 SCRIPT: Final = "view.js"
+_MANY: Final = 24
 STYLE: Final = "style.css"
 
 
@@ -77,6 +90,21 @@ def details(summary: str, content: str | Iterable[str]) -> Html:
     """Something that is shown when asked for."""
     inner = [content] if isinstance(content, str) else content
     return element("details", [element("summary", summary), *inner])
+
+
+def folded_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], words: str, *, right: Iterable[int] = ()
+) -> Html:
+    """A table that is shown when asked for if it has many rows.
+
+    Args:
+        columns: Headings.
+        rows: Texts or Html.
+        words: What it holds.
+        right: Indices of columns with numbers.
+    """
+    made = table(columns, rows, right=right)
+    return made if len(rows) <= _MANY else details(f"{len(rows)} {words}", made)
 
 
 def share(part: int, whole: int, words: str) -> Html:

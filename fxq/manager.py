@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from . import html
 from .errors import FxqError, PassError, VerifyError
 from .graph import state
 from .instruments import Instrument
@@ -213,6 +214,21 @@ class PassManager:
             "  ".join([row[i].ljust(widths[i]) for i in left] + [row[i].rjust(widths[i]) for i in right])
             for row in rows
         )
+
+    def _repr_html_(self) -> str:
+        total = sum(run.seconds + run.verify_seconds for run in self.log)
+        rows = []
+        for run in self.log:
+            counts = ", ".join(f"{kind} {n}" for kind, n in sorted(run.counts.items())) or "-"
+            spent = run.seconds + run.verify_seconds
+            bar = html.share(round(spent * 1e6), round(total * 1e6), "")
+            rows.append((run.name, counts, str(run.nodes), *_milliseconds(run), bar))
+        columns = ("pass", "changes", "nodes", "ms", "verify ms", "")
+        return html.card(f"{len(rows)} passes in {total * 1e3:.1f} ms", [html.table(columns, rows, right=(2, 3, 4))])
+
+
+def _milliseconds(run: PassRun) -> tuple[str, str]:
+    return f"{run.seconds * 1e3:.1f}", f"{run.verify_seconds * 1e3:.1f}"
 
 
 def _run_of(p: Pass, result: PassResult, seconds: float, verify_seconds: float) -> PassRun:

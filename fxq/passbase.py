@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from . import html
 from .editor import Editor
 from .errors import FxqError, PassError
 from .graph import Note, state, update_state
@@ -41,6 +42,13 @@ class PassResult:
     modified: bool
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
+
+    def _repr_html_(self) -> str:
+        counts = ", ".join(f"{kind} {n}" for kind, n in sorted(self.counts.items()))
+        told = [(note.rule, note.node, note.text) for note in self.notes]
+        shown = [html.folded_table(("rule", "node", ""), told, "notes")] if told else []
+        nodes = html.element("p", f"the graph has {len(self.graph_module.graph.nodes)} nodes")
+        return html.card(counts or "nothing changed", [nodes, *shown])
 
 
 @dataclass(frozen=True)

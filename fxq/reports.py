@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from torch import fx
 
+from . import html
 from .graph import Note, state
 from .placement import EdgeRow, OpRow, Totals, count, operations
 from .tables import plain_console
@@ -20,6 +21,7 @@ __all__ = ["EdgeRow", "OpRow", "Report", "Totals", "build_report"]
 
 _WIDTH: Final = 120
 _NARROWEST: Final = 80
+_COLUMNS: Final = ("node", "operation", "precision", "input", "weight", "output", "rules")
 _HEADINGS: Final = {
     "opaque": "kept whole",
     "declined": "left as it is",
@@ -90,6 +92,32 @@ class Report:
     def __str__(self) -> str:
         return self.text()
 
+    def summary_html(self) -> Iterator[html.Html]:
+        """The totals as blocks of a notebook's output."""
+        t = self.totals
+        yield from (html.element("p", html.element("strong", warning)) for warning in self.warnings)
+        words = f"{t.weighted_quantized} of {t.weighted} weighted operations quantized"
+        yield html.share(t.weighted_quantized, t.weighted, words)
+        if t.residuals:
+            words = f"{t.skips_quantized} of {t.residuals} residual skips quantized"
+            yield html.share(t.skips_quantized, t.residuals, words)
+        yield html.element("p", " · ".join(" ".join(line.split()) for line in list(_totals_lines(t))[-2:]))
+
+    def notes_html(self) -> Iterator[html.Html]:
+        """The notes, those of one kind together, to be shown when asked for."""
+        for kind in dict.fromkeys([*_HEADINGS, *(note.kind for note in self.notes)]):
+            found = [(note.rule, note.node, note.module_path, note.text) for note in self.notes if note.kind == kind]
+            if found:
+                made = html.table(("rule", "node", "module", ""), found)
+                yield html.details(f"{_HEADINGS.get(kind, kind)} ({len(found)})", made)
+
+    def _repr_html_(self) -> str:
+        cells = [_cells(row) for row in self.rows]
+        used = [i for i in range(len(_COLUMNS)) if i < 3 or any(row[i] for row in cells)]
+        rows = [[row[i] for i in used] for row in cells]
+        operations = html.folded_table([_COLUMNS[i] for i in used], rows, "operations")
+        return html.card(f"{self.stage} for {self.target}", [*self.summary_html(), operations, *self.notes_html()])
+
 
 def build_report(gm: fx.GraphModule) -> Report:
     """The report on a graph from fxq.
@@ -115,11 +143,10 @@ def _table(rows: Iterable[OpRow]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    columns = ("node", "operation", "precision", "input", "weight", "output", "rules")
     cells = [_cells(row) for row in rows]
-    used = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in cells)]
+    used = [i for i in range(len(_COLUMNS)) if i < 3 or any(row[i] for row in cells)]
     for i in used:
-        table.add_column(columns[i], overflow="fold", no_wrap=columns[i] not in ("node", "input", "output"))
+        table.add_column(_COLUMNS[i], overflow="fold", no_wrap=_COLUMNS[i] not in ("node", "input", "output"))
     for row in cells:
         table.add_row(*(row[i] for i in used))
     return table

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 
 import yaml
 
+from . import html
 from .errors import FxqError
 
 __all__ = [
@@ -180,6 +181,12 @@ class Findings(Sequence[Finding]):
         parts += [_section(severity, rule, found) for (severity, rule), found in self._grouped()]
         return "\n\n".join(parts)
 
+    def _repr_html_(self) -> str:
+        if not self.items:
+            return html.card("no findings", ())
+        blocks = [_section_html(severity, rule, found) for (severity, rule), found in self._grouped()]
+        return html.card(f"{len(self)} finding{'s' if len(self) > 1 else ''}: {self._counts()}", blocks)
+
     def _counts(self) -> str:
         counts = [(len(self.of(severity=s)), s) for s in SEVERITIES]
         plural = {"error": "errors", "warning": "warnings", "advice": "advice"}
@@ -202,6 +209,15 @@ def _section(severity: Severity, rule: str, found: Sequence[Finding]) -> str:
     for label, texts in (("why: ", [f.why for f in found]), ("fix: ", [f.fix for f in found])):
         lines += [line for text in dict.fromkeys(texts) for line in _wrap(label + text, indent=7)]
     return "\n".join(lines)
+
+
+def _section_html(severity: Severity, rule: str, found: Sequence[Finding]) -> html.Html:
+    rows = [(finding.node or "the file", finding.message, finding.place) for finding in found]
+    head = html.element("p", html.element("strong", f"{severity}  {rule}  {RULES[rule].title}"))
+    whys = [html.element("p", f"why: {text}") for text in dict.fromkeys(f.why for f in found)]
+    fixes = [html.element("p", f"fix: {text}") for text in dict.fromkeys(f.fix for f in found)]
+    shown = html.folded_table(("node", "what is wrong", "from"), rows, "places")
+    return html.element("div", [head, shown, *whys, *fixes])
 
 
 def _wrap(text: str, indent: int) -> list[str]:

@@ -65,7 +65,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("passes",),
     ("backends",),
-    ("calibration_io", "comparison", "depiction", "flow", "graph_diff", "steps", "viewer"),
+    ("calibration_io", "comparison", "depiction", "flow", "graph_diff", "notebook_display", "steps", "viewer"),
     ("methods", "testing"),
     ("__init__", "demo"),
 )
