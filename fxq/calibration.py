@@ -241,7 +241,9 @@ class _Feeder:
                 if len(recent) == _CHECK_EVERY:
                     self._check(recent)
         except KeyboardInterrupt as stop:
-            stop.add_note(f"fxq keeps the statistics of {fed} batches: go on with reset=False, or call fxq.solve")
+            part = " and a part of the next one" if recent and recent[-1][0] == fed else ""
+            kept = f"fxq keeps the statistics of {fed} batches{part}"
+            stop.add_note(f"{kept}: go on with reset=False, or call fxq.solve")
             raise
         self._check(recent)
         return fed

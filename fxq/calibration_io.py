@@ -136,15 +136,28 @@ def read_amax(path: str | PathLike[str]) -> dict[str, Amax]:
         CalibrationError: It is not JSON of that form; the first wrong entry is named.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise CalibrationError(f"{path} holds a {type(found).__name__}, not an object of tensor name to amax")
     for name, value in found.items():
         values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            raise CalibrationError(f"{path}: the amax of {name} is {value!r}", hint="give a number, or a list")
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        if not values or not numbers or not all(0 <= v < math.inf for v in values):
+            raise CalibrationError(
+                f"{path}: the amax of {name} is {value!r}", hint="give a number from 0 on, or a list of them"
+            )
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys are all different."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice")
+        found[name] = value
     return found
 
 
@@ -177,9 +190,14 @@ def read_tensorrt_cache(path: str | PathLike[str]) -> dict[str, Amax]:
             scale = struct.unpack(">f", bytes.fromhex(bits.strip().zfill(8)))[0]
         except (ValueError, struct.error):
             scale = math.nan
-        if not separator or not name or not math.isfinite(scale):
-            raise CalibrationError(f"{path}, line {number}: {line!r} is no name and float32 in hexadecimal")
-        found[name.strip()] = scale * _INT8
+        name = name.strip()
+        if not separator or not name or not 0 <= scale < math.inf:
+            raise CalibrationError(f"{path}, line {number}: {line!r} is no name and scale in hexadecimal")
+        if name in found:
+            raise CalibrationError(f"{path}, line {number}: {name} is there twice", hint="are these two caches in one?")
+        found[name] = scale * _INT8
+    if not found:
+        raise CalibrationError(f"{path} names no tensor", hint="did calibration finish when it was written?")
     return found
 
 

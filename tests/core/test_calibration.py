@@ -370,6 +370,19 @@ def test_ctrl_c_keeps_what_was_collected() -> None:
     assert equal(scales(gm), scales(other))
 
 
+def test_ctrl_c_inside_a_batch_says_so() -> None:
+    calls = itertools.count()
+
+    def forward(model: Any, given: Any) -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        model(*given)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        calibrate(prepared("mse"), [batch() for _ in range(9)], forward=forward)
+    assert any("3 batches and a part of the next one" in note for note in caught.value.__notes__)
+
+
 def test_an_error_of_the_model_says_which_batch() -> None:
     with pytest.raises(RuntimeError) as caught:
         calibrate(prepared(), [batch(), (torch.randn(4, 99), torch.randn(4, 4))])

@@ -120,7 +120,21 @@ def test_asymmetric_ranges_and_missing_scales_are_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '{"x": "wide"}', '{"x": []}', '{"x": true}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        '{"x": "wide"}',
+        '{"x": []}',
+        '{"x": true}',
+        "{",
+        '{"x": 1, "x": 2}',
+        '{"x": NaN}',
+        '{"x": -1}',
+        '{"x": [1, Infinity]}',
+        '{"x": [[1]]}',
+    ],
+)
 def test_json_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "amax.json").write_text(text)
     with pytest.raises(CalibrationError):
@@ -143,12 +157,38 @@ def test_a_calibration_cache_of_tensorrt_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "TRT-8601-MinMax\nx 3c010a14\n", "TRT-8601\nx: zz\n", "TRT-1\nx: 7fc00000\n", "no"]
+    "text",
+    [
+        "",
+        "TRT-8601-MinMax\nx 3c010a14\n",
+        "TRT-8601\nx: zz\n",
+        "TRT-1\nx: 7fc00000\n",
+        "no",
+        "TRT-8601\n",
+        "TRT-8601\nx: bf800000\n",
+        "TRT-8601\nx: 3c010a14ff\n",
+        "TRT-8601\nx: 3c010a14\nx: 3c010a15\n",
+        "TRT-8601\n: 3c010a14\n",
+        "\x00\x01TRT-8601\nx: 3c010a14\n",
+    ],
 )
 def test_a_cache_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text(text)
     with pytest.raises(CalibrationError):
         io.read_tensorrt_cache(tmp_path / "cache")
+
+
+def test_files_that_are_not_there_or_not_text_are_told(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / "binary"):
+        for read in (io.read_amax, io.read_tensorrt_cache):
+            with pytest.raises(CalibrationError, match=f"{path} cannot be read"):
+                read(path)
+
+
+def test_a_cache_with_the_line_ends_of_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"TRT-8601-MinMax\r\nx: 3c010a14\r\n\r\n")
+    assert list(io.read_tensorrt_cache(tmp_path / "cache")) == ["x"]
 
 
 @pytest.mark.gpu

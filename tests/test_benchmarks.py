@@ -1,0 +1,42 @@
+"""The tables of measured figures in the docs are what their scripts make of the committed results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "accuracy.json", ROOT / "docs" / "calibration.md"
+
+
+def check(results: Path, page: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks" / "accuracy.py", "--check", "--results", results, "--page", page]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+
+def test_the_page_shows_the_committed_accuracies(tmp_path: Path) -> None:
+    done = check(RESULTS, PAGE)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(RESULTS.read_text())
+    results["mnist_lenet/fxq/32/0"]["methods"]["mse"][0] += 1
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    done = check(tmp_path / "other.json", PAGE)
+    assert "does not show" in done.stderr
+    assert done.returncode == 1
+
+
+def test_no_method_is_worse_than_modelopts_by_more_than_the_committed_noise() -> None:
+    """What the page says of its figures: SQNR on the same subsets in the same placement."""
+    results = json.loads(RESULTS.read_text())
+    for task, suffix in (("cifar_resnet20", " adds"), ("mnist_lenet", "")):
+        for method in ("max", "percentile", "entropy", "mse"):
+            keys = [key for key in results if key.startswith(f"{task}/fxq/")]
+            gains = [
+                results[key]["methods"][method + suffix][1]
+                - results[key.replace("/fxq/", "/modelopt/")]["methods"][method][1]
+                for key in keys
+            ]
+            assert len(gains) >= 9
+            assert sum(gains) / len(gains) > -0.02, (task, method)
