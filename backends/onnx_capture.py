@@ -173,6 +173,9 @@ def _capture_error(source: Source, error: Exception) -> ExportError:
         names = ", ".join(sorted({dim.__name__ for dims in source.dims for dim in dims.values()}))
         message = f"the graph cannot be exported with dynamic {names}: " + " ".join(fixed or [str(error)])
         hint = "compute with the input's own size there (x.shape[0]), or export static shapes with dynamic_shapes=None"
+    elif "data-dependent" in str(error):
+        message = "a module decides by a tensor's value, which an exported file cannot hold"
+        hint = "rewrite that line of its forward with torch operations (torch.where)"
     else:
         message = f"torch.export stopped with {type(error).__name__}: {_first_line(error)}"
         hint = "check that the graph runs on the example inputs"

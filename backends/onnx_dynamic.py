@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..errors import ExportError
+from ..guards import Guard
 
-__all__ = ["DynamicShapes", "dynamic_dims"]
+__all__ = ["DynamicShapes", "check_guards", "dynamic_dims"]
 
 DimSpec: TypeAlias = "str | tuple[int, int]"
 DynamicShapes: TypeAlias = "str | Mapping[str, Mapping[int, DimSpec]] | None"
 
 BATCH: Final = "batch"
+_TRIED: Final = 64
 _ALLOWED: Final = '"batch", None, or {input name: {dimension: name or (min, max)}}'
 
 
@@ -101,3 +103,60 @@ def _dim(label: str, name: str, size: int, spec: Any) -> Any:
     if size == 0:
         raise ExportError(f"input {name!r} is empty along {label!r}", hint="give an example with at least one element")
     return Dim(label, min=low, max=high)
+
+
+def check_guards(
+    guards: Sequence[Guard], names: Sequence[str], tensors: Sequence[Tensor], dims: Sequence[Mapping[int, Any]]
+) -> None:
+    """What tracing decided holds for every size that is promised.
+
+    Each dynamic dimension is tried alone, at the 64 sizes from its least on and at its largest.
+
+    Args:
+        guards: What tracing decided.
+        names: The graph's own names of the inputs.
+        tensors: The example for each.
+        dims: For each input ``{dimension: torch.export.Dim}``.
+
+    Raises:
+        ExportError: A guard fixes or limits a dynamic dimension; it names the guard and the line that decided.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in zip(names, tensors, strict=True)}
+    places: dict[str, list[tuple[str, int]]] = {}
+    known: dict[str, Any] = {}
+    for name, own in zip(names, dims, strict=True):
+        for axis, dim in own.items():
+            places.setdefault(dim.__name__, []).append((name, axis))
+            known[dim.__name__] = dim
+    for label, held in places.items():
+        least, most = known[label].min, min(known[label].min + _TRIED - 1, known[label].max)
+        sizes = [*range(least, most + 1), known[label].max]
+        for guard in guards:
+            if not {name for name, _ in held} & set(guard.inputs):
+                continue
+            good = [size for size in sizes if guard.holds(_resized(shapes, held, size))]
+            if len(good) < len(sizes):
+                raise _narrow(guard, label, good, held)
+
+
+def _resized(shapes: Mapping[str, list[int]], places: Sequence[tuple[str, int]], size: int) -> dict[str, list[int]]:
+    """The shapes with one dynamic dimension at `size`."""
+    changed = {name: list(shape) for name, shape in shapes.items()}
+    for name, axis in places:
+        changed[name][axis] = size
+    return changed
+
+
+def _narrow(guard: Guard, label: str, good: Sequence[int], places: Sequence[tuple[str, int]]) -> ExportError:
+    """The error for a guard that holds for the sizes `good` alone."""
+    hint = "export static shapes with dynamic_shapes=None, or rewrite that line without a decision"
+    good = good[:-1] if len(good) > 1 and good[-1] - good[-2] > 1 else good  # the largest of all was tried too
+    if len(good) > 1 and good[-1] - good[0] == len(good) - 1:
+        dims = ", ".join(f"{name!r}: {{{axis}: ({good[0]}, {good[-1]})}}" for name, axis in places)
+        hint = f"export the sizes for which it holds, dynamic_shapes={{{dims}}}, or {hint}"
+    return ExportError(
+        f"{label} cannot be dynamic: the graph was traced for {guard.text}",
+        module_path=guard.module_path or None,
+        source=guard.where(),
+        hint=hint,
+    )

@@ -21,7 +21,7 @@ from ..graph import has_state, state
 from . import onnx_inputs
 from .onnx_capture import Source, run_exporter
 from .onnx_cleanup import clean
-from .onnx_dynamic import DynamicShapes, dynamic_dims
+from .onnx_dynamic import DynamicShapes, check_guards, dynamic_dims
 from .onnx_files import write_model
 from .onnx_inputs import Examples
 from .onnx_names import label_nodes, name_nodes
@@ -95,8 +95,8 @@ def export_onnx(  # noqa: PLR0913 - one option for each thing that a user decide
 
     Raises:
         ExportError: Bad names, shapes or opset; an operation that ONNX lacks; a graph that fixes a dimension
-            which should be dynamic; a result that the ONNX checker refuses. The message names the node at
-            fault where that can be found, and the next step.
+            which should be dynamic, or was traced for some of its sizes alone; a result that the ONNX checker
+            refuses. The message names the node or line at fault where that can be found, and the next step.
     """
     if not isinstance(gm, fx.GraphModule):
         raise ExportError(f"cannot export a {type(gm).__name__}", hint="give export what fxq.convert returned")
@@ -105,6 +105,9 @@ def export_onnx(  # noqa: PLR0913 - one option for each thing that a user decide
     examples = Examples.of(gm, example_args, example_kwargs or {}, input_names)
     outputs = onnx_inputs.output_names(gm, output_names, examples.names)
     dims, tensors = dynamic_dims(examples.names, examples.tensors, dynamic_shapes)
+    if has_state(gm):
+        own = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+        check_guards(state(gm).guards, own, tensors, dims)
     source = Source(gm, examples.with_tensors(tensors), dims, version)
     model = _name_and_clean(source, run_exporter(source), outputs)
     _check_result(model, source)

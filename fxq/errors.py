@@ -4,6 +4,7 @@
 
     FxqError
     ├── TraceError             the model could not be turned into a graph
+    ├── GuardError             a graph is called with shapes for which the model would take another way
     ├── RecipeError            a recipe, rule or spec asks for something that cannot be
     ├── TargetError            a target's data is wrong or the target is unknown
     ├── PassError              a pass broke its contract, or a pipeline is out of order
@@ -27,6 +28,7 @@ __all__ = [
     "EngineError",
     "ExportError",
     "FxqError",
+    "GuardError",
     "MissingDependencyError",
     "PassError",
     "RecipeError",
@@ -67,6 +69,10 @@ class FxqError(Exception):
 
 class TraceError(FxqError):
     """The model could not be turned into a graph."""
+
+
+class GuardError(FxqError):
+    """A traced graph is called with shapes for which the model would have taken another way."""
 
 
 class RecipeError(FxqError):

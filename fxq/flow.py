@@ -28,7 +28,7 @@ from .ranks import TIMEOUT, joined, on_first
 from .recipe import Match, Method, Recipe, Rule
 from .reports import Report, build_report
 from .target import Target
-from .tracer import trace_model
+from .tracer import DynamicShapes, trace_model
 
 if TYPE_CHECKING:
     from .backends.trt_engine import Engine
@@ -52,8 +52,6 @@ __all__ = [
     "trace",
 ]
 
-DynamicShapes = str | Mapping[str, Mapping[int, str | tuple[int, int]]] | None
-
 
 def trace(
     model: nn.Module,
@@ -64,6 +62,8 @@ def trace(
     recipe: Recipe | None = None,
     leaf_modules: Sequence[type[nn.Module] | str] = (),
     concrete_args: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "any",
+    on_untraceable: Literal["raise", "leaf"] = "raise",
 ) -> fx.GraphModule:
     """Trace a model to a graph whose nodes know their shape, module path and source line.
 
@@ -75,6 +75,11 @@ def trace(
         recipe: What to quantize beyond the target's defaults.
         leaf_modules: Module types or paths that stay whole.
         concrete_args: Parameters of forward fixed to a value.
+        dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
+            (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
+            What the model decides by a size holds for the graph, and a call that violates it is a GuardError.
+        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, whose forward decides by a tensor's
+            values, with a note; ``"raise"`` (default) makes that an error.
 
     Raises:
         TraceError: Tracing stopped; the message names the user's line and the ways out.
@@ -92,6 +97,8 @@ def trace(
         recipe=recipe or Recipe(),
         leaf_modules=leaf_modules,
         concrete_args=concrete_args,
+        dynamic_shapes=dynamic_shapes,
+        on_untraceable=on_untraceable,
     )
 
 
@@ -105,6 +112,8 @@ def prepare(
     pipeline: Pipeline | None = None,
     leaf_modules: Sequence[type[nn.Module] | str] = (),
     concrete_args: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "any",
+    on_untraceable: Literal["raise", "leaf"] = "raise",
 ) -> fx.GraphModule:
     """Trace, normalize, fuse, and put observers where the target's rules want quantizers.
 
@@ -117,6 +126,11 @@ def prepare(
         pipeline: What to run instead of :data:`fxq.passes.PREPARE`.
         leaf_modules: Module types or paths that stay whole, and float.
         concrete_args: Parameters of forward fixed to a value.
+        dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
+            (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
+            What the model decides by a size holds for the graph, and a call that violates it is a GuardError.
+        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, whose forward decides by a tensor's
+            values, with a note; ``"raise"`` (default) makes that an error.
 
     Returns:
         A GraphModule with observers, ready for :func:`calibrate`.
@@ -133,6 +147,8 @@ def prepare(
         recipe=recipe,
         leaf_modules=leaf_modules,
         concrete_args=concrete_args,
+        dynamic_shapes=dynamic_shapes,
+        on_untraceable=on_untraceable,
     )
     chosen = pipeline or PREPARE
     gm = PassManager().run(chosen, gm, inplace=True)
@@ -152,6 +168,8 @@ def prepare_qat(
     pipeline: Pipeline | None = None,
     leaf_modules: Sequence[type[nn.Module] | str] = (),
     concrete_args: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "any",
+    on_untraceable: Literal["raise", "leaf"] = "raise",
 ) -> fx.GraphModule:
     """:func:`prepare` for training: fake quantizers in the same places, under the same names and keys.
 
@@ -169,6 +187,11 @@ def prepare_qat(
         pipeline: What to run instead of :data:`fxq.passes.PREPARE_QAT`; `scales` and `batch_norm` are its matter then.
         leaf_modules: Module types or paths that stay whole, and float.
         concrete_args: Parameters of forward fixed to a value.
+        dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
+            (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
+            What the model decides by a size holds for the graph, and a call that violates it is a GuardError.
+        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, whose forward decides by a tensor's
+            values, with a note; ``"raise"`` (default) makes that an error.
 
     Returns:
         A GraphModule in training mode. :func:`calibrate`, :func:`convert` and :func:`export` take it.
@@ -189,6 +212,8 @@ def prepare_qat(
         recipe=recipe,
         leaf_modules=leaf_modules,
         concrete_args=concrete_args,
+        dynamic_shapes=dynamic_shapes,
+        on_untraceable=on_untraceable,
     )
     policy = POLICIES[scales] if isinstance(scales, str) else scales
     chosen = pipeline or PREPARE_QAT.replace("restore-training", RestoreTraining(policy))

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .errors import FxqError, PassError
+from .guards import Guard
 from .recipe import QSpec, Recipe
 from .target import Target
 
@@ -161,6 +162,7 @@ class State:
         properties: What holds of the graph by now (``traced``, ``canonical``, ``observed`` …).
         notes: What users should hear.
         provenance: Where the numbers came from: fxq's and torch's version, pipelines run, calibration.
+        guards: What tracing decided by the inputs' shapes.
     """
 
     target: Target
@@ -170,6 +172,7 @@ class State:
     properties: frozenset[str] = frozenset()
     notes: tuple[Note, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return self

@@ -7,30 +7,47 @@ Plain fx loses ``x += y`` on a tensor that others see too, and refuses ``x[:, 0]
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 
-__all__ = ["INPLACE_OPERATORS", "WAYS_OUT", "NestedInputs", "TensorProxy"]
+__all__ = ["INPLACE_OPERATORS", "LIBRARIES", "WAYS_OUT", "StoredProxy", "TensorProxy"]
 
 WAYS_OUT: Final = (
     "rewrite that line with torch operations (torch.where), pass the value it depends on as "
-    "concrete_args={name: value}, or keep the module whole with leaf_modules=[its type or path]"
+    "concrete_args={name: value}, or keep the module whole with leaf_modules=[its type or path] or "
+    'on_untraceable="leaf"'
 )
-_OWN_ATTRIBUTES: Final = frozenset(("tracer", "node", "root", "attr", "_node"))
+LIBRARIES: Final = (
+    f"{Path(torch.__file__).parent}/",
+    f"{Path(__file__).parent}/",
+    f"{Path(__file__).parent.parent}/passes/",
+)
+"""Where code is that is not the user's."""
+_OWN_ATTRIBUTES: Final = frozenset(("tracer", "node", "root", "attr", "_node", "param", "name"))
+_PLAIN_ATTRIBUTES: Final = frozenset(("ndim", "is_cuda", "is_sparse", "is_quantized", "is_complex"))
 
 
 class TensorProxy(fx.Proxy):
-    """A Proxy that records in-place operators and item assignment, and says what it cannot record."""
+    """A Proxy that records in-place operators and item assignment, and answers what its tracer can tell.
 
-    def __getattr__(self, k: str) -> fx.proxy.Attribute:
-        return _AttributeProxy(self, k)
+    Its tracer decides (:meth:`fxq.tracer._Tracer.decide`): sizes, types and lengths have an answer, the data of a
+    tensor has none.
+    """
+
+    tracer: Any
+
+    def __getattr__(self, k: str) -> Any:
+        proxy = _AttributeProxy(self, k)
+        return self.tracer.settled(proxy) if k in _PLAIN_ATTRIBUTES else proxy
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN_ATTRIBUTES:
@@ -40,19 +57,63 @@ class TensorProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    @property
+    def __class__(self) -> type:
+        """What ``isinstance`` in a model's code takes the proxy for: what it stands for."""
+        code = sys._getframe(1).f_code
+        if code.co_filename.startswith(LIBRARIES) and code.co_name != "is_tensor":
+            return type(self)
+        found: type = self.tracer.type_of(self)
+        return found
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TraceError("the class of a tensor is assigned", hint=WAYS_OUT)
+
     def __len__(self) -> int:
-        raise TraceError("the length of a tensor is used as a Python number", hint=WAYS_OUT)
+        return int(self.tracer.decide(self, len, "the length of a tensor depends on its values"))
 
-    def __int__(self) -> NoReturn:
-        raise TraceError("a tensor's value or size is used as a Python number", hint=WAYS_OUT)
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self, int, "a tensor's value is used as a Python number"))
 
-    __index__ = __int__
-    __float__ = __int__
-    __complex__ = __int__
+    def __index__(self) -> int:
+        return int(self.tracer.index(self, sys._getframe(1)))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self, float, "a tensor's value is used as a Python number"))
+
+    def __complex__(self) -> NoReturn:
+        raise TraceError("a tensor's value is used as a complex number", hint=WAYS_OUT)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.tracer.hint(self), spec) if spec else str(self)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        given = () if digits is None else (digits,)
+        return self.tracer.create_proxy("call_function", round, (self, *given), {})
+
+    def __trunc__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
 
 
 class _AttributeProxy(TensorProxy, fx.proxy.Attribute):
     """An attribute of a tensor (``x.T``, ``x.data``), on which in-place operators are recorded as well."""
+
+
+class StoredProxy(fx.proxy.ParameterProxy, TensorProxy):
+    """A parameter of the model: its shape is known and stays what it is."""
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.param.size() if dim is None else self.param.size(dim)
+
+    def __len__(self) -> int:
+        return len(self.param)
 
 
 def _inplace_operator(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -80,25 +141,3 @@ INPLACE_OPERATORS: Final = (
 """Python's augmented assignments; which of them change their left side is known only from the example run."""
 for _operator in INPLACE_OPERATORS:
     setattr(TensorProxy, f"__{_operator.__name__}__", _inplace_operator(_operator))
-
-
-class NestedInputs(fx.graph.CodeGen):
-    """Code for a forward whose inputs nest tensors: it takes them apart by plain indexing (``a = pair[0]``).
-
-    Args:
-        names: Parameters of forward, in order.
-        parts: For each placeholder, the expression over the parameters that it stands for.
-    """
-
-    def __init__(self, names: Sequence[str], parts: Sequence[str]) -> None:
-        super().__init__()
-        self.names, self.parts = tuple(names), tuple(parts)
-
-    def process_inputs(self, *args: Any) -> Any:
-        return [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, torch.Tensor)]
-
-    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
-        definition = super().gen_fn_def(list(self.names), maybe_return_annotation, **options)
-        variables = [v.split(":")[0].split("=")[0].strip() for v in free_vars]
-        taken = (f"\n    {v} = {part}" for v, part in zip(variables, self.parts, strict=True) if v != part)
-        return definition + "".join(taken)

@@ -26,11 +26,11 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _get_qualified_name  # type: ignore[attr-defined]
 
 from .errors import FxqError, PassError
+from .forward_code import ForwardCode
 from .graph import ALIASES, EDGES, ORIGIN, SEQUENCE, TENSOR, Origin, attribute, state
 from .instruments import Instrument, NumericError
 from .passbase import Pass
 from .printer import format_graph
-from .proxies import NestedInputs
 from .quantizer import Quantizer
 from .target import Target
 
@@ -160,9 +160,10 @@ class _Writer:
         lines += ["graph = torch.fx.Graph()", "n = {}"]
         for node in gm.graph.nodes:
             lines += self.node(node)
-        if type(gm.graph._codegen) is NestedInputs:
+        if type(gm.graph._codegen) is ForwardCode:
             codegen = gm.graph._codegen
-            lines.append(f"graph.set_codegen({self.name(NestedInputs)}({codegen.names!r}, {codegen.parts!r}))")
+            given = f"{codegen.names!r}, {codegen.parts!r}, {self.source(codegen.guards)}"
+            lines.append(f"graph.set_codegen({self.name(ForwardCode)}({given}))")
         elif type(gm.graph._codegen) is not CodeGen:
             raise PassError(f"its inputs are taken apart by a {type(gm.graph._codegen).__name__}")
         lines.append(f"gm = root = torch.fx.GraphModule(root, graph, {type(gm).__name__!r}).train({gm.training})")

@@ -2,20 +2,19 @@
 
 The model is copied (in eval mode), so nothing the caller has is changed. Each node gets its
 :class:`~fxq.graph.Origin` (module path, the user's source line) while it is traced and its
-:class:`~fxq.graph.TensorInfo` from one propagation of the example inputs without data.
+:class:`~fxq.graph.TensorInfo` from one propagation of the example inputs without data. What the model decided by
+the shapes of its inputs is kept as :class:`~fxq.guards.Guard`.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 import linecache
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -24,151 +23,22 @@ from torch.utils import _pytree as pytree
 
 from .arguments import bind_arguments, has_tensor, kept_arguments
 from .errors import FxqError, TraceError
-from .graph import ORIGIN, Note, Origin, State, attribute, origin, set_state
+from .forward_code import ForwardCode
+from .graph import Note, State, attribute, origin, set_state
 from .ops import WEIGHTED_MODULES
-from .proxies import INPLACE_OPERATORS, WAYS_OUT, NestedInputs, TensorProxy
+from .proxies import WAYS_OUT
 from .recipe import Recipe
+from .recorder import Recorder, user_frame
 from .shapes import propagate_shapes
+from .symbolic import Example, SymbolicRun, ValueDependentError
 from .target import Target
 
-__all__ = ["trace_model", "weighted_leaves"]
+__all__ = ["DynamicShapes", "trace_model", "weighted_leaves"]
 
-_TORCH: Final = f"{Path(torch.__file__).parent}/"
-_HERE: Final = f"{Path(__file__).parent}/"
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer with recorded origins and user-minded leaves."""
-
-    record_stack_traces = True
-
-    def __init__(
-        self,
-        leaf_modules: Sequence[type[nn.Module] | str],
-        inputs: Mapping[str, Any],
-        fixed: Mapping[str, Any],
-    ) -> None:
-        super().__init__(param_shapes_constant=True)
-        self.inputs, self.fixed = inputs, fixed
-        self.leaf_types = tuple(m for m in leaf_modules if isinstance(m, type))
-        self.leaf_paths = {m for m in leaf_modules if isinstance(m, str)}
-        self.stack: list[tuple[str, type[nn.Module]]] = []
-        self.stopped: str | None = None
-
-    def _asked(self, m: nn.Module, path: str) -> bool:
-        """Whether the user asked for this module to stay whole."""
-        return isinstance(m, self.leaf_types) or path in self.leaf_paths
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self._asked(m, module_qualified_name):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.stack.append((self.path_of_module(m), type(m)))
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.stopped = self.stopped or self.stack[-1][0]
-            raise
-        finally:
-            self.stack.pop()
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return TensorProxy(node, self)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        path = self.stack[-1][0] if self.stack else ""
-        node = super().create_node(*self._named(path, *args), **kwargs)
-        frame = None if node.op in ("placeholder", "output") else _user_frame(_current_frames())
-        node.meta[ORIGIN] = Origin(
-            module_path=path,
-            module_types=(type(self.root), *(kind for _, kind in self.stack)),
-            source=f"{frame[0]}:{frame[1]}" if frame else None,
-            code=linecache.getline(*frame).strip() if frame else "",
-            call=node.op == "call_module",
-            leaf=node.op == "call_module" and self._asked(self.root.get_submodule(str(node.target)), path),
-        )
-        return node
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Placeholders for the inputs: one each, or one for every tensor where an input nests several."""
-        nested = any(not isinstance(value, torch.Tensor) for value in self.inputs.values())
-        values: dict[str, Any] = dict(self.fixed)
-        signature = inspect.signature(self.root.forward)
-        parts: list[str] = []
-        for name, value in self.inputs.items():
-            leaves, spec = pytree.tree_flatten_with_path(value)
-            parts += [name + pytree.keystr(path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
-            if len(leaves) == 1 and isinstance(value, torch.Tensor):
-                default = signature.parameters[name].default
-                args = () if nested or default is inspect.Parameter.empty else (default,)
-                values[name] = self.create_proxy("placeholder", name, args, {})
-            else:
-                made = [self._nested_input(name, path, leaf) for path, leaf in leaves]
-                values[name] = pytree.tree_unflatten(made, spec)
-        if nested:
-            self.graph.set_codegen(NestedInputs(list(self.inputs), parts))
-        by_name = {n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        positional = [values[n] for n in signature.parameters if n in values and n not in by_name]
-        keywords = {n: values[n] for n in by_name if n in values}
-        hooked = self.root._forward_hooks or self.root._forward_pre_hooks
-        call = type(self.root)._call_impl if hooked else root_fn
-        return (lambda: call(self.root, *positional, **keywords)), []
-
-    def _nested_input(self, name: str, path: Sequence[Any], leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        keys = (str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-        return self.create_proxy("placeholder", "_".join([name, *keys]), (), {})
-
-    def _named(
-        self, path: str, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, *rest: Any
-    ) -> tuple[Any, ...]:
-        """Arguments of create_node in which a function's name begins with its module's (``layer1_0_add``)."""
-        if name is None and path and kind in ("call_function", "call_method"):
-            call = target if isinstance(target, str) else getattr(target, "__name__", "call")
-            plain = call.strip("_")
-            plain = plain.removeprefix("i") if target in INPLACE_OPERATORS else plain
-            name = f"{path.replace('.', '_')}_{plain}"
-        return kind, target, args, kwargs, name, *rest
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        raise TraceError("control flow depends on a tensor's value or size", hint=WAYS_OUT)
-
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        try:
-            return super().iter(obj)
-        except fx.proxy.TraceError as error:
-            raise TraceError("a loop runs over a tensor whose length tracing does not know", hint=WAYS_OUT) from error
-
-    def keys(self, obj: fx.Proxy) -> Any:
-        raise TraceError("an input is unpacked with ** or .keys()", hint=WAYS_OUT)
+DynamicShapes = str | Mapping[str, Mapping[int, str | tuple[int, int]]] | None
 
 
-def _current_frames() -> Iterable[tuple[str, int]]:
-    """(file, line) of the running frames, innermost first, as far as the traced model reaches."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not trace_model.__code__:
-        yield frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-
-
-def _user_frame(frames: Iterable[tuple[str, int]]) -> tuple[str, int] | None:
-    """The first frame that lies outside torch and outside fxq."""
-    for file, line in frames:
-        if not file.startswith((_TORCH, _HERE, "<eval_with_key>", "<frozen")) and Path(file).suffix == ".py":
-            return file, line
-        if file.startswith("<ipython-input") or "ipykernel_" in file:
-            return file, line
-    return None
-
-
-def trace_model(
+def trace_model(  # noqa: PLR0913 - what the user's door takes
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -177,6 +47,8 @@ def trace_model(
     recipe: Recipe,
     leaf_modules: Sequence[type[nn.Module] | str] = (),
     concrete_args: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = "any",
+    on_untraceable: Literal["raise", "leaf"] = "raise",
 ) -> fx.GraphModule:
     """Trace a copy of `model` in eval mode.
 
@@ -188,6 +60,11 @@ def trace_model(
         recipe: Goes into the graph's state.
         leaf_modules: Types, or dotted paths, of modules that stay whole.
         concrete_args: Parameters of forward that are fixed to a value.
+        dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
+            (default), ``"batch"`` (the first of every input), None, or ``{input: {dimension: …}}`` as
+            :func:`fxq.export` takes it. The others are read as plain numbers, and a guard holds them.
+        on_untraceable: ``"raise"`` (default), or ``"leaf"``: keep the smallest module whole whose forward
+            decides by a tensor's values, with a note.
 
     Returns:
         A GraphModule with origins, shapes, dtypes and state.
@@ -197,17 +74,20 @@ def trace_model(
     """
     if isinstance(model, fx.GraphModule) and isinstance(model.meta.get("fxq"), State):
         raise TraceError("this model was traced by fxq already", hint="give prepare the original model")
+    if on_untraceable not in ("raise", "leaf"):
+        raise TraceError(f"on_untraceable is {on_untraceable!r}", hint='use "raise" or "leaf"')
     with torch.inference_mode(mode=False):
         root = _copy(model)
         _check_leaves(root, leaf_modules)
         bound = bind_arguments(root, args, kwargs, concrete_args or {})
         inputs = {k: v for k, v in bound.items() if has_tensor(v) and k not in (concrete_args or {})}
-        fixed = {k: v for k, v in bound.items() if k not in inputs}
-        tracer = _Tracer(leaf_modules, inputs, fixed)
-        gm = fx.GraphModule(root, _trace(tracer, root), type(model).__name__)
+        tracing = _Tracing(root, inputs, {k: v for k, v in bound.items() if k not in inputs}, dynamic_shapes)
+        graph, run = tracing.with_leaves(leaf_modules, keep=on_untraceable == "leaf")
+        if run.guards:
+            _guard(graph, run)
+        gm = fx.GraphModule(root, graph, type(model).__name__)
         gm.eval()
-        leaves = pytree.tree_leaves(list(inputs.values()))
-        propagate_shapes(gm, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        propagate_shapes(gm, tracing.tensors)
     in_args, in_kwargs = kept_arguments(root, args, kwargs, inputs)
     new = State(
         target=target,
@@ -215,11 +95,105 @@ def trace_model(
         example_args=in_args,
         example_kwargs=in_kwargs,
         properties=frozenset({"traced"}),
-        notes=tuple(weighted_leaves(gm)),
+        notes=(*tracing.notes(gm), *weighted_leaves(gm)),
         provenance={"torch": torch.__version__, "model": type(model).__qualname__},
+        guards=tuple(run.guards.values()),
     )
     set_state(gm, new)
     return gm
+
+
+class _Tracing:
+    """The attempts at one model: with a batch of one taken for two, as it is, and with more leaves.
+
+    Args:
+        root: The copy that is traced.
+        inputs: Example inputs that hold tensors, by parameter of forward.
+        fixed: Values of the other parameters.
+        dynamic_shapes: See :func:`trace_model`.
+    """
+
+    def __init__(
+        self, root: nn.Module, inputs: Mapping[str, Any], fixed: Mapping[str, Any], dynamic_shapes: DynamicShapes
+    ) -> None:
+        self.root, self.inputs, self.fixed, self.plain = root, inputs, fixed, dynamic_shapes != "any"
+        leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
+        named = [(_input_name(path), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.tensors = [leaf for _, leaf in named]
+        wanted = _dynamic_dims({name: leaf.ndim for name, leaf in named}, dynamic_shapes)
+        self.examples = [Example(leaf, wanted[name]) for name, leaf in named]
+        self.kept: dict[str, TraceError] = {}
+
+    def with_leaves(self, leaf_modules: Sequence[type[nn.Module] | str], *, keep: bool) -> tuple[fx.Graph, SymbolicRun]:
+        """The graph, with more modules kept whole where that is asked for and needed."""
+        while True:
+            try:
+                return self._lifted([*leaf_modules, *self.kept])
+            except TraceError as error:
+                path = error.module_path
+                if not keep or not path or path in self.kept or not isinstance(error.__cause__, ValueDependentError):
+                    raise
+                self.kept[path] = error
+
+    def _lifted(self, leaf_modules: Sequence[type[nn.Module] | str]) -> tuple[fx.Graph, SymbolicRun]:
+        """The graph; a model that treats a batch of one apart is traced for that."""
+        run = SymbolicRun(self.root, self.examples, lift=True)
+        try:
+            graph = self._once(run, leaf_modules)
+        except TraceError as error:
+            if not run.lifted or isinstance(error.__cause__, ValueDependentError):
+                raise
+        else:
+            names = [str(n.target) for n in graph.nodes if n.op == "placeholder"]
+            shapes = {name: tuple(t.shape) for name, t in zip(names, self.tensors, strict=True)}
+            if all(guard.holds(shapes) for guard in run.guards.values()):
+                return graph, run
+        run = SymbolicRun(self.root, self.examples, lift=False)
+        return self._once(run, leaf_modules), run
+
+    def _once(self, run: SymbolicRun, leaf_modules: Sequence[type[nn.Module] | str]) -> fx.Graph:
+        recorder = Recorder(leaf_modules, self.inputs, self.fixed)
+        return _record(recorder, self.root, run, plain=self.plain)
+
+    def notes(self, gm: fx.GraphModule) -> Iterator[Note]:
+        """A note for each module that was kept whole because it cannot be traced."""
+        for node in gm.graph.nodes:
+            error = self.kept.get(str(node.target)) if node.op == "call_module" else None
+            if error is not None:
+                text = f"{type(attribute(gm, str(node.target))).__name__} is kept whole and float: {error.message}"
+                yield Note(node.name, "trace", text, str(node.target), error.source, "opaque")
+
+
+def _input_name(path: Sequence[Any]) -> str:
+    """How a placeholder is called: the parameter, and the path inside it."""
+    return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def _dynamic_dims(ranks: Mapping[str, int], dynamic_shapes: DynamicShapes) -> Mapping[str, frozenset[int]]:
+    """The dimensions of each input that stay symbolic."""
+    if dynamic_shapes == "any":
+        return {name: frozenset(range(rank)) for name, rank in ranks.items()}
+    if dynamic_shapes == "batch":
+        return {name: frozenset({0} if rank else ()) for name, rank in ranks.items()}
+    if dynamic_shapes is None:
+        return dict.fromkeys(ranks, frozenset())
+    if isinstance(dynamic_shapes, str) or not all(isinstance(dims, Mapping) for dims in dynamic_shapes.values()):
+        hint = 'use "any", "batch", None, or {input name: {dimension: name or (min, max)}}'
+        raise TraceError(f"dynamic_shapes={dynamic_shapes!r} is not understood", hint=hint)
+    for name, dims in dynamic_shapes.items():
+        if name not in ranks:
+            raise TraceError(f"dynamic_shapes names {name!r}, which is no input", hint=f"inputs: {', '.join(ranks)}")
+        for dim in dims:
+            if not -ranks[name] <= dim < ranks[name]:
+                raise TraceError(f"input {name!r} has no dimension {dim!r}", hint=f"it has {ranks[name]} dimensions")
+    return {name: frozenset(d % rank for d in dynamic_shapes.get(name, ())) for name, rank in ranks.items()}
+
+
+def _guard(graph: fx.Graph, run: SymbolicRun) -> None:
+    """Let the graph's code check the guards first."""
+    code = graph._codegen
+    names, parts = (code.names, code.parts) if isinstance(code, ForwardCode) else (None, ())
+    graph.set_codegen(ForwardCode(names, parts, tuple(run.guards.values())))
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -263,18 +237,18 @@ def _check_leaves(root: nn.Module, leaf_modules: Sequence[type[nn.Module] | str]
             )
 
 
-def _trace(tracer: _Tracer, root: nn.Module) -> fx.Graph:
-    """Run the tracer; whatever stops it becomes a TraceError at the user's line."""
+def _record(recorder: Recorder, root: nn.Module, run: SymbolicRun, *, plain: bool) -> fx.Graph:
+    """Run the recorder; whatever stops it becomes a TraceError at the user's line."""
     stored = {path: (t, t._version) for path, t in (*root.named_parameters(), *root.named_buffers())}
     try:
-        graph = tracer.trace(root)
+        graph = recorder.record(root, run, plain=plain)
     except FxqError as error:
-        frame = _user_frame(_frames_of(error.__traceback__))
-        raise _located(error.message, frame, error.hint, tracer) from error
+        frame = user_frame(_frames_of(error.__traceback__))
+        raise _located(error.message, frame, error.hint, recorder) from error
     except Exception as error:
-        frame = _user_frame(_frames_of(error.__traceback__))
+        frame = user_frame(_frames_of(error.__traceback__))
         text = f"{type(error).__name__}: {error}"
-        raise _located(f"tracing stopped with {text.splitlines()[0]}", frame, WAYS_OUT, tracer) from error
+        raise _located(f"tracing stopped with {text.splitlines()[0]}", frame, WAYS_OUT, recorder) from error
     changed = [path for path, (tensor, version) in stored.items() if tensor._version != version]
     if changed:
         raise TraceError(
@@ -289,9 +263,9 @@ def _frames_of(tb: TracebackType | None) -> list[tuple[str, int]]:
     return [(f.filename, f.lineno or 0) for f in reversed(traceback.extract_tb(tb))]
 
 
-def _located(message: str, frame: tuple[str, int] | None, hint: str | None, tracer: _Tracer) -> TraceError:
+def _located(message: str, frame: tuple[str, int] | None, hint: str | None, recorder: Recorder) -> TraceError:
     source = f"{frame[0]}:{frame[1]}: {linecache.getline(*frame).strip()}" if frame else None
-    return TraceError(message, module_path=tracer.stopped, source=source, hint=hint)
+    return TraceError(message, module_path=recorder.stopped, source=source, hint=hint)
 
 
 def weighted_leaves(gm: fx.GraphModule) -> Iterator[Note]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer and of those above it in this list. "passes" and "backends" stand for all rooms of those folders.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
-    ("html", "layered", "optional", "sketch", "tables"),
+    ("guards", "html", "layered", "optional", "sketch", "tables"),
     ("recipe", "rules", "specs", "target"),
     (
         "buffers",
@@ -38,11 +38,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "arguments",
         "batch_norm",
         "fake_quantizers",
+        "forward_code",
         "match",
         "passbase",
         "proxies",
+        "recorder",
         "rewriting",
         "shapes",
+        "symbolic",
         "tracer",
         "svg",
         "verify",

@@ -35,7 +35,7 @@ from fxq.arguments import example_arguments
 from fxq.errors import TraceError
 from fxq.graph import origin, state, tensor_info
 from fxq.passes import Canonicalize, DropIdentities, ExpandModules, Functionalize
-from fxq.tracer import _user_frame
+from fxq.recorder import user_frame
 
 NORMALIZE = (Functionalize(), ExpandModules(), Canonicalize(), DropIdentities())
 
@@ -203,8 +203,8 @@ class TestOrigins:
             "C:\\Temp\\ipykernel_9\\1.py",
             "/home/me/net.py",
         ):
-            assert _user_frame([*inner, (cell, 7), ("/other.py", 8)]) == (cell, 7)
-        assert _user_frame(inner) is None
+            assert user_frame([*inner, (cell, 7), ("/other.py", 8)]) == (cell, 7)
+        assert user_frame(inner) is None
 
     def test_notebook_cells(self) -> None:
         """A cell has no file, only an entry in linecache, as IPython makes it."""
@@ -234,20 +234,25 @@ class Stop(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if self.what == "bool":
             return x if x.sum() > 0 else -x  # bool
-        if self.what == "shape":
-            if x.shape[0] > 1:  # shape
-                return x
-            return -x
         if self.what == "loop":
-            return sum(row for row in x)  # loop
+            return sum(row for row in x[x > 0])  # loop
         if self.what == "len":
-            return x * len(x)  # len
+            return x * len(x.nonzero())  # len
+        if self.what == "item":
+            return x[: x.argmax().item()] if x.max().item() > 0 else x  # item
+        return self._numbers(x)
+
+    def _numbers(self, x: Tensor) -> Any:
         if self.what == "int":
             return x * int(x.sum())  # int
         if self.what == "float":
             return x * float(x.sum())  # float
         if self.what == "range":
-            return [x * i for i in range(x.size(0))]  # range
+            return [x * i for i in range(x.argmax())]  # range
+        if self.what == "complex":
+            return x * complex(x.sum())  # complex
+        if self.what == "number":
+            return torch.cat([*x.sum()])  # number
         if self.what == "keys":
             return torch.relu(**x)  # keys
         if self.what == "data":
@@ -266,17 +271,19 @@ class StopInside(nn.Module):
 
 
 STOPS = {
-    "bool": "control flow depends on a tensor's value or size",
-    "shape": "control flow depends on a tensor's value or size",
-    "loop": "a loop runs over a tensor whose length tracing does not know",
-    "len": "the length of a tensor is used as a Python number",
-    "int": "a tensor's value or size is used as a Python number",
-    "float": "a tensor's value or size is used as a Python number",
-    "range": "a tensor's value or size is used as a Python number",
+    "bool": "control flow depends on a tensor's value",
+    "loop": "a loop runs over a tensor whose length depends on values",
+    "len": "the length of a tensor depends on its values",
+    "item": "control flow depends on a tensor's value",
+    "int": "a tensor's value is used as a Python number",
+    "float": "a tensor's value is used as a Python number",
+    "range": "a tensor's value is used as a Python number",
+    "complex": "a tensor's value is used as a complex number",
+    "number": "a loop runs over Tensor, which has no items",
     "keys": "an input is unpacked with ** or .keys()",
     "data": "the attribute data of a tensor is assigned",
     "wrong": "tracing stopped with TypeError: relu() takes",
-    "inside": "control flow depends on a tensor's value or size",
+    "inside": "control flow depends on a tensor's value",
 }
 
 
