@@ -19,7 +19,7 @@ from torch import fx
 
 from .errors import TraceError
 
-__all__ = ["INPLACE_OPERATORS", "LIBRARIES", "WAYS_OUT", "StoredProxy", "TensorProxy"]
+__all__ = ["INPLACE_OPERATORS", "LIBRARIES", "WAYS_OUT", "AttributeProxy", "StoredProxy", "TensorProxy"]
 
 WAYS_OUT: Final = (
     "rewrite that line with torch operations (torch.where), pass the value it depends on as "
@@ -46,7 +46,7 @@ class TensorProxy(fx.Proxy):
     tracer: Any
 
     def __getattr__(self, k: str) -> Any:
-        proxy = _AttributeProxy(self, k)
+        proxy = AttributeProxy(self, k)
         return self.tracer.settled(proxy) if k in _PLAIN_ATTRIBUTES else proxy
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -56,19 +56,6 @@ class TensorProxy(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    @property
-    def __class__(self) -> type:
-        """What ``isinstance`` in a model's code takes the proxy for: what it stands for."""
-        code = sys._getframe(1).f_code
-        if code.co_filename.startswith(LIBRARIES) and code.co_name != "is_tensor":
-            return type(self)
-        found: type = self.tracer.type_of(self)
-        return found
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TraceError("the class of a tensor is assigned", hint=WAYS_OUT)
 
     def __len__(self) -> int:
         return int(self.tracer.decide(self, len, "the length of a tensor depends on its values"))
@@ -102,7 +89,7 @@ class TensorProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
 
 
-class _AttributeProxy(TensorProxy, fx.proxy.Attribute):
+class AttributeProxy(TensorProxy, fx.proxy.Attribute):
     """An attribute of a tensor (``x.T``, ``x.data``), on which in-place operators are recorded as well."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import linecache
 import math
@@ -21,7 +22,7 @@ from .errors import TraceError
 from .forward_code import ForwardCode
 from .graph import ORIGIN, Origin
 from .guards import Guard
-from .proxies import INPLACE_OPERATORS, LIBRARIES, WAYS_OUT, StoredProxy, TensorProxy
+from .proxies import INPLACE_OPERATORS, LIBRARIES, WAYS_OUT, AttributeProxy, StoredProxy, TensorProxy
 from .symbolic import SymbolicRun, ValueDependentError
 
 __all__ = ["Recorder", "user_frame"]
@@ -38,6 +39,7 @@ _SIZED: Final = (
 )
 """Factories that torch does not let a proxy into by itself."""
 _LIMITS: Final = (torch.finfo, torch.iinfo)
+_PROXIES: Final = (TensorProxy, AttributeProxy, StoredProxy)
 _RECORDING: Final = (LIBRARIES[1], f"{LIBRARIES[0]}fx/")
 _ON_STORED: Final = ("__getitem__", "expand", "narrow", "repeat", "reshape", "tile", "unflatten", "view")
 """Methods of tensors that take sizes and that torch does not let a proxy into."""
@@ -80,8 +82,7 @@ class Recorder(fx.Tracer):
             plain: Give the model plain numbers for sizes of dimensions that are not to stay symbolic.
         """
         self.run, self.plain = run, plain
-        with self._stored_tensors():
-            graph = self.trace(root)
+        graph = self.trace(root)
         self._settle(None, None)
         for node in graph.nodes:
             if node.target in (*_SIZED, *_LIMITS):  # fx would ask to wrap them again wherever the code runs
@@ -102,6 +103,27 @@ class Recorder(fx.Tracer):
                     delattr(torch.Tensor, name)  # what torch.Tensor inherits is there again
                 else:
                     setattr(torch.Tensor, name, own)
+
+    @contextmanager
+    def _questions(self) -> Iterator[None]:
+        """Let ``isinstance`` in a model's code take a proxy for what it stands for.
+
+        A ``__class__`` of the proxy would do that too, and would make torch's own C++ take it for a tensor.
+        """
+        plain = builtins.isinstance
+
+        def ask(value: Any, kinds: Any) -> bool:
+            if type(value) in _PROXIES:
+                code = sys._getframe(1).f_code
+                if not code.co_filename.startswith(LIBRARIES) or code.co_name == "is_tensor":
+                    return issubclass(self.type_of(value), kinds)
+            return plain(value, kinds)
+
+        builtins.isinstance = ask
+        try:
+            yield
+        finally:
+            builtins.isinstance = plain
 
     def _recorded(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +282,12 @@ class Recorder(fx.Tracer):
         keywords = {n: values[n] for n in by_name if n in values}
         hooked = self.root._forward_hooks or self.root._forward_pre_hooks
         call = type(self.root)._call_impl if hooked else root_fn
-        return (lambda: call(self.root, *positional, **keywords)), []
+
+        def forward() -> Any:
+            with self._stored_tensors(), self._questions():
+                return call(self.root, *positional, **keywords)
+
+        return forward, []
 
     def _nested_input(self, name: str, path: Sequence[Any], leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):

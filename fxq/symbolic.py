@@ -8,6 +8,7 @@ such as whether two shapes broadcast, is no guard: they are in the graph and dec
 
 from __future__ import annotations
 
+import builtins
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from .guards import Guard
 
 __all__ = ["Example", "SymbolicRun", "ValueDependentError", "depends_on_sizes"]
 
+_ISINSTANCE: Final = builtins.isinstance
 _MODULE_CALL: Final = nn.Module.__call__
 _MODULE_GETATTR: Final = nn.Module.__getattr__
 _SYMBOLIC: Final[tuple[type, ...]] = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -165,15 +167,17 @@ class SymbolicRun:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Tensors without data, and modules as they are outside of tracing."""
-        if not self._started:
-            self._start()
         patched = nn.Module.__call__, nn.Module.__getattr__
+        asked, builtins.isinstance = builtins.isinstance, _ISINSTANCE
         nn.Module.__call__, nn.Module.__getattr__ = _MODULE_CALL, _MODULE_GETATTR  # type: ignore[method-assign]
         try:
+            if not self._started:
+                self._start()
             with self._mode, enable_python_dispatcher(), torch.no_grad():
                 yield
         finally:
             nn.Module.__call__, nn.Module.__getattr__ = patched  # type: ignore[method-assign]
+            builtins.isinstance = asked
 
     def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":

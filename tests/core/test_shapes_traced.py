@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ PLAIN: dict[str, Callable[[Any, Tensor], Any]] = {
     "dtype": lambda _, x: x * 2 if x.dtype in (torch.float16, torch.float32) else x,
     "is_cuda": lambda _, x: x if x.is_cuda else x * 2,
     "isinstance": lambda _, x: x * 2 if isinstance(x, Tensor) and isinstance(x.size(0), int) else x,
+    "an iterable": lambda _, x: x * 2 if not isinstance(x.size(1), Iterable) and isinstance(x.shape, tuple) else x,
     "is_tensor": lambda _, x: x * 2 if torch.is_tensor(x) else x,
     "a parameter's shape": lambda m, x: x * 2 if m.table.shape[1] == m.table.size(1) == len(m.table[0]) else x,
     "a constant width": lambda _, x: sum(x[..., i] for i in range(x.shape[2])),
