@@ -20,8 +20,9 @@ from .tables import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CalibrationReport", "CalibrationRow", "report_row"]
+__all__ = ["RANDOM_DATA", "CalibrationReport", "CalibrationRow", "report_row"]
 
+RANDOM_DATA: Final = "calibrated on random data: good for measuring speed, useless for accuracy"
 _OUTLIER: Final = 100.0
 _SATURATING: Final = 0.05
 _SHOWN: Final = ("max", "percentile", "entropy", "mse")
@@ -65,16 +66,19 @@ class CalibrationReport:
     Attributes:
         rows: One per activation tensor, in graph order.
         batches: How many batches were fed since the last reset.
+        warnings: What makes the numbers unfit for use, such as calibration on random data.
     """
 
     rows: tuple[CalibrationRow, ...]
     batches: int
     _quantizers: Mapping[str, Quantizer] = field(default_factory=dict, repr=False, compare=False)
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         headings = {"tensor": False, "module": False, "method": False}
         headings |= {"min": True, "max": True, "scale": True, "marks": False}
-        return table(headings, map(_cells, self.rows), title=f"calibrated on {self.batches} batches")
+        shown = table(headings, map(_cells, self.rows), title=f"calibrated on {self.batches} batches")
+        return "\n".join([*(f"WARNING: {warning}" for warning in self.warnings), shown])
 
     def _repr_html_(self) -> str:
         marked = [row for row in self.rows if row.marks]

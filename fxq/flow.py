@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from .batches import Inputs, each_batch, model_inputs, moved
 from .bias_correction import CORRECTIONS, Sampler, correct_biases
 from .calibration_report import CalibrationReport
 from .errors import CalibrationError, ConvertError, ExportError, RecipeError, TraceError
+from .explanations import Explanation, build_explanation
 from .fake_quantizers import POLICIES, ScalePolicy
 from .graph import error_at, origin, state, tensor_info, update_state
 from .manager import PassManager, Pipeline
@@ -26,7 +28,7 @@ from .qdq import QUANTIZE
 from .quantizer import quantizers, submodule_name
 from .ranks import TIMEOUT, joined, on_first
 from .recipe import Match, Method, Recipe, Rule
-from .reports import Report, build_report
+from .reports import Report, build_report, warnings_of
 from .target import Target
 from .tracer import DynamicShapes, trace_model
 
@@ -299,7 +301,7 @@ def calibrate(
         corrections = on_first(ranks, lambda: correct_biases(prepared, sampler.kept) if sampler.kept else {})
     _store_corrections(prepared, corrections)
     _remember(prepared, calibration={"batches": found.batches, "performance_only": performance_only})
-    return found
+    return replace(found, warnings=warnings_of(prepared))
 
 
 @contextmanager
@@ -357,7 +359,7 @@ def solve(
         _store_corrections(prepared, {})
     earlier = state(prepared).provenance.get("calibration", {})
     _remember(prepared, calibration={"performance_only": False, **earlier, "batches": found.batches})
-    return found
+    return replace(found, warnings=warnings_of(prepared))
 
 
 def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.GraphModule:
@@ -528,6 +530,27 @@ def report(gm: fx.GraphModule) -> Report:
         gm: A prepared or converted graph.
     """
     return build_report(gm)
+
+
+def explain(gm: fx.GraphModule, where: str = "*") -> Explanation:
+    """Why each edge is quantized or float: rule, sentence, and what a float residual addition lacked.
+
+    Where :func:`report` sums a graph up, this goes edge by edge: all that have a quantizer, and all that a reader
+    would expect to have one (inputs of convolutions, matrix products, additions, concatenations, pools,
+    multiplications, norms and activations).
+
+    Args:
+        gm: A prepared, trained or converted graph.
+        where: A glob over module paths or ``op:kind``, as in a recipe rule: ``"layer1.*"``, ``"op:add"``.
+
+    Returns:
+        The edges in graph order; print it, or take ``to_dict()``.
+
+    Raises:
+        PassError: Nothing is placed in the graph yet: it was traced and no more.
+        RecipeError: Nothing in the graph matches `where`.
+    """
+    return build_explanation(gm, where)
 
 
 def lint(path: str | Path) -> Findings:

@@ -8,13 +8,14 @@ kind's own target, and :func:`kind` is one dictionary look-up.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import fx, nn
 
-from .graph import SEQUENCE
+from .graph import SEQUENCE, origin
 from .op_table import (
     FUNCTIONS,
     IDENTITY_MODULES,
@@ -42,6 +43,7 @@ __all__ = [
     "inplace_target",
     "kind",
     "kind_name",
+    "named",
     "products",
     "spelling",
     "split_args",
@@ -78,6 +80,17 @@ def kind_name(node: fx.Node) -> str:
     if name not in KINDS:
         return name
     return f"{'Tensor' if node.op == 'call_method' else 'torch'}.{name}"
+
+
+def named(node: fx.Node, pattern: str) -> bool:
+    """Whether a recipe's pattern names `node`: ``op:`` and a glob over kinds, or a glob over the path of its module
+    or of one that this lies in.
+    """
+    if pattern.startswith("op:"):
+        return fnmatch.fnmatchcase(kind_name(node), pattern.removeprefix("op:"))
+    path = origin(node).module_path
+    parts = path.split(".") if path else []
+    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), -1, -1))
 
 
 WEIGHTED_MODULES: Final = (

@@ -17,9 +17,22 @@ from .qdq import DEQUANTIZE, QUANTIZE
 from .recipe import QDType, QSpec
 from .verify import is_dequantized, quantizer_of
 
-__all__ = ["EdgeRow", "OpRow", "Totals", "count", "operations"]
+__all__ = [
+    "SKIP_RULES",
+    "EdgeRow",
+    "OpRow",
+    "Totals",
+    "behind_norm",
+    "count",
+    "edge_rows",
+    "hidden_products",
+    "operations",
+    "read_tensor",
+]
 
 _SCALE_BYTES: Final = 4
+SKIP_RULES: Final = ("R23", "R24")
+"""The rules by which the skip of a residual addition is quantized."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,9 @@ class OpRow:
             module that is kept whole.
         precision: The data types of its edges (``int8``) if all that placement decided on are quantized, else
             ``float``. For an addition, that of its skip.
-        identity: For an addition with a quantized skip: whether that is no convolution's own result.
+        residual: Whether it is a residual addition, by the rules R23 and R24.
+        identity: For a residual addition with a quantized skip: whether the skip is the block's own input, and no
+            projection of it.
         edges: Its edges.
     """
 
@@ -74,6 +89,7 @@ class OpRow:
     source: str | None
     weighted: int
     precision: str
+    residual: bool
     identity: bool
     edges: tuple[EdgeRow, ...]
 
@@ -92,7 +108,7 @@ class Totals:
         weighted_quantized: How many of them are quantized.
         residuals: Residual additions in all.
         skips_quantized: How many of them read their skip quantized.
-        identity_skips_quantized: How many of those skips are no convolution's own result.
+        identity_skips_quantized: How many of those skips are the block's own input, and no projection of it.
         activation_quantizers: Quantizers of activations.
         weight_quantizers: Quantizers of weights.
         float_bytes: Bytes of all parameters and buffers that the graph reads, as the model had them.
@@ -115,15 +131,15 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
     held = state(gm)
     residuals = {note.node for note in held.notes if note.rule == "R23"}
     for node in gm.graph.nodes:
-        kind, hidden = kind_name(node), _hidden(gm, node)
+        kind, hidden = kind_name(node), hidden_products(gm, node)
         weighted = hidden or int(kind in held.target.ops)
-        edges = tuple(_edges(gm, node, weighted=bool(weighted)))
+        edges = tuple(edge_rows(gm, node))
         if not (weighted or node.name in residuals or any(e.quantized for e in edges)):
             continue
         where, read = origin(node), [e for e in edges if e.role != "output" and e.spec != "float"]
         decided = [e for e in edges if e.role != "output"]
+        skips = [e.edge for e in read if isinstance(e.edge, int) and e.role == "skip"]
         whole = bool(read) and (len(read) == len(decided) or not weighted)
-        skips = [_tensor_of(node.args[e.edge]) for e in read if isinstance(e.edge, int) and e.role == "skip"]
         yield OpRow(
             node=node.name,
             kind=kind,
@@ -131,12 +147,26 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
             source=where.source,
             weighted=weighted,
             precision="/".join(dict.fromkeys(e.spec.split()[0] for e in read)) if whole else "float",
-            identity=bool(skips) and kind_name(_behind_norm(skips[0])) not in held.target.residual.weighted,
+            residual=bool(skips) or node.name in residuals,
+            identity=bool(skips) and _is_ancestor(read_tensor(node.args[skips[0]]), node.args[1 - skips[0]]),
             edges=edges,
         )
 
 
-def _behind_norm(node: fx.Node) -> fx.Node:
+def _is_ancestor(node: fx.Node, of: Any) -> bool:
+    """Whether `node` is `of` or has a part in computing it; nodes before `node` are not looked at."""
+    waiting, seen = [of], {of}
+    while waiting:
+        here = waiting.pop()
+        if here is node:
+            return True
+        more = [n for n in here.all_input_nodes if n not in seen and not n < node]
+        seen.update(more)
+        waiting += more
+    return False
+
+
+def behind_norm(node: fx.Node) -> fx.Node:
     """The layer whose BatchNorm a graph in training still has behind it; any other node itself."""
     trained = node.op == "call_module" and isinstance(
         attribute(node.graph.owning_module, str(node.target)),  # type: ignore[arg-type]
@@ -146,7 +176,7 @@ def _behind_norm(node: fx.Node) -> fx.Node:
     return source if isinstance(source, fx.Node) else node
 
 
-def _hidden(gm: fx.GraphModule, node: fx.Node) -> int:
+def hidden_products(gm: fx.GraphModule, node: fx.Node) -> int:
     """How many weighted operations a call holds that has no edges of its own, such as a module kept whole."""
     if node.op != "call_module":
         return products(node)
@@ -155,17 +185,18 @@ def _hidden(gm: fx.GraphModule, node: fx.Node) -> int:
     return inside or int(isinstance(module, WEIGHTED_MODULES))
 
 
-def _edges(gm: fx.GraphModule, node: fx.Node, *, weighted: bool) -> Iterator[EdgeRow]:
+def edge_rows(gm: fx.GraphModule, node: fx.Node) -> Iterator[EdgeRow]:
+    """The edges of `node` that placement decided on."""
     for edge, annotation in edge_annotations(node).items():
         read = node.args[edge] if isinstance(edge, int) else next(iter(node.users), None)
         if not isinstance(read, fx.Node):
             continue
-        tensor = _tensor_of(read) if isinstance(edge, int) else node
+        tensor = read_tensor(read) if isinstance(edge, int) else node
         scale = _scale_of(gm, read)
         known = scale is not None and scale.numel() > 0
         yield EdgeRow(
             edge=edge,
-            role=_role(edge, tensor, weighted=weighted),
+            role=_role(edge, tensor, annotation.rule),
             tensor=tensor.name,
             quantized=scale is not None,
             spec=str(annotation.spec) if annotation.spec is not None and scale is not None else "float",
@@ -182,15 +213,15 @@ def _channels(spec: QSpec | None, tensor: fx.Node) -> int:
     return 1 if spec is None or spec.axis is None or info is None else info.shape[spec.axis]
 
 
-def _role(edge: int | str, tensor: fx.Node, *, weighted: bool) -> str:
+def _role(edge: int | str, tensor: fx.Node, rule: str) -> str:
     if edge == "output":
         return "output"
     if tensor.op == "get_attr":
         return "weight"
-    return "input" if weighted else "skip"
+    return "skip" if rule in SKIP_RULES else "input"
 
 
-def _tensor_of(read: Any) -> fx.Node:
+def read_tensor(read: Any) -> fx.Node:
     """The tensor behind a quantizer or behind quantize and dequantize; a float tensor itself."""
     while quantizer_of(read) is not None or is_dequantized(read) or read.target is QUANTIZE:
         read = read.args[0]
@@ -214,9 +245,9 @@ def count(gm: fx.GraphModule, rows: Iterable[OpRow]) -> Totals:
     """The rows of a graph in numbers."""
     rows = tuple(rows)
     weighted = [row for row in rows if row.weighted]
-    skips = [row for row in rows if not row.weighted and row.kind == "add"]
+    skips = [row for row in rows if row.residual]
     quantized = [n for n in gm.graph.nodes if quantizer_of(n) is not None or n.target is DEQUANTIZE]
-    weights = [_as_read(n) for n in quantized if _tensor_of(n).op == "get_attr"]
+    weights = [_as_read(n) for n in quantized if read_tensor(n).op == "get_attr"]
     before, after = _bytes(gm, weights)
     return Totals(
         weighted=sum(row.weighted for row in weighted),
@@ -234,7 +265,7 @@ def count(gm: fx.GraphModule, rows: Iterable[OpRow]) -> Totals:
 def _bytes(gm: fx.GraphModule, weights: Iterable[fx.Node]) -> tuple[int, int]:
     """Bytes of all that is stored and read, as float, and with the quantized weights as integers."""
     before = after = 0
-    low = {str(_tensor_of(node).target): node for node in weights}
+    low = {str(read_tensor(node).target): node for node in weights}
     for node in gm.graph.nodes:
         tensor = constant(node)
         if tensor is None or str(node.target) in low or _only_scales(node):

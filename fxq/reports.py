@@ -13,11 +13,12 @@ from typing import Any, Final
 from torch import fx
 
 from . import html
+from .calibration_report import RANDOM_DATA
 from .graph import Note, state
 from .placement import EdgeRow, OpRow, Totals, count, operations
 from .tables import plain_console
 
-__all__ = ["EdgeRow", "OpRow", "Report", "Totals", "build_report"]
+__all__ = ["EdgeRow", "OpRow", "Report", "Totals", "build_report", "stage_of", "warnings_of"]
 
 _WIDTH: Final = 120
 _NARROWEST: Final = 80
@@ -57,7 +58,7 @@ class Report:
     @property
     def skips(self) -> tuple[OpRow, ...]:
         """The residual additions, quantized or not."""
-        return tuple(row for row in self.rows if not row.weighted and row.kind == "add")
+        return tuple(row for row in self.rows if row.residual)
 
     def summary(self) -> str:
         """One line."""
@@ -127,15 +128,22 @@ def build_report(gm: fx.GraphModule) -> Report:
     """
     held = state(gm)
     rows = tuple(operations(gm))
-    stage = "traced"
+    return Report(rows, count(gm, rows), held.notes, stage_of(gm), held.target.name, warnings_of(gm))
+
+
+def stage_of(gm: fx.GraphModule) -> str:
+    """How far the graph has come: ``traced``, ``prepared``, ``calibrated`` or ``quantized``."""
+    held = state(gm)
     if "quantized" in held.properties:
-        stage = "quantized"
-    elif "observed" in held.properties:
-        stage = "calibrated" if "calibration" in held.provenance else "prepared"
-    warnings = []
-    if held.provenance.get("calibration", {}).get("performance_only"):
-        warnings.append("calibrated on random data: good for measuring speed, useless for accuracy")
-    return Report(rows, count(gm, rows), held.notes, stage, held.target.name, tuple(warnings))
+        return "quantized"
+    if "observed" in held.properties:
+        return "calibrated" if "calibration" in held.provenance else "prepared"
+    return "traced"
+
+
+def warnings_of(gm: fx.GraphModule) -> tuple[str, ...]:
+    """What makes the graph's numbers unfit for use."""
+    return (RANDOM_DATA,) if state(gm).provenance.get("calibration", {}).get("performance_only") else ()
 
 
 def _table(rows: Iterable[OpRow]) -> Any:

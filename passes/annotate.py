@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
@@ -12,7 +11,7 @@ from torch import fx
 from ..editor import Editor
 from ..errors import RecipeError, TargetError
 from ..graph import Annotation, constant, edge_annotations, error_at, origin, state, tensor_info
-from ..ops import KINDS, kind_name, products
+from ..ops import KINDS, kind_name, named, products
 from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule
 from ..target import OpPlacement, Target
@@ -116,11 +115,7 @@ def matches(rule: Rule, node: fx.Node) -> bool:
     match = rule.match
     where = origin(node)
     if isinstance(match, str):
-        if match.startswith("op:"):
-            return fnmatch.fnmatchcase(kind_name(node), match.removeprefix("op:"))
-        parts = where.module_path.split(".") if where.module_path else []
-        paths = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
-        return any(fnmatch.fnmatchcase(path, match) for path in paths)
+        return named(node, match)
     if isinstance(match, type):
         return any(issubclass(kind, match) for kind in where.module_types)
     try:

@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "bias_correction",
         "calibration",
         "calibration_report",
+        "explanations",
         "manager",
         "nonfinite",
         "pictures",
