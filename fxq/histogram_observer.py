@@ -60,17 +60,21 @@ class Histogram(Observer):
         self.register_buffer("elements", torch.zeros((), dtype=torch.int64))
         for name in ("counts", "counted", "power"):
             self.register_buffer(f"_recent_{name}", torch.empty(0), persistent=False)
-        self._make_ring()
 
     def _make_ring(self) -> None:
-        super()._make_ring()
         device, bins, kernels = self.counts.device, self.counts.shape[-1], self._kernels
         shape, dtype = [RING, bins], torch.int64
         if kernels is not None:
             shape, dtype = [RING, kernels.COPIES, bins], torch.int32
-        self._recent_counts = torch.zeros(shape, dtype=dtype, device=device)
-        self._recent_counted = torch.zeros(RING, dtype=torch.int64, device=device)
-        self._recent_power = torch.zeros(RING, dtype=torch.int32, device=device)
+        with torch.inference_mode(mode=False):  # as in the base
+            self._recent_counts = torch.zeros(shape, dtype=dtype, device=device)
+            self._recent_counted = torch.zeros(RING, dtype=torch.int64, device=device)
+            self._recent_power = torch.zeros(RING, dtype=torch.int32, device=device)
+        super()._make_ring()
+
+    def _views(self) -> list[tuple[Tensor, ...]]:
+        own = (t.unbind() for t in (self._recent_counts, self._recent_counted, self._recent_power))
+        return [(*ends, *more) for ends, *more in zip(super()._views(), *own, strict=True)]
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -97,24 +101,22 @@ class Histogram(Observer):
 
     def _collect(self, x: Tensor, slot: int) -> None:
         super()._collect(x, slot)
-        low, high = self._recent[0, slot], self._recent[1, slot]
+        low, high, counts, counted, power = self._slots[slot]
         self._elements += x.numel()
         kernels = self._kernels
         if kernels is not None:
-            counts, power = self._recent_counts[slot], self._recent_power[slot]
-            counted = self._recent_counted[slot]
             chosen = histogram.sample(x)
             kernels.collect_histogram(chosen, low, high, counts, power, counted, zero=self._zero)
             return
-        power = histogram.grid_power(torch.maximum(low.neg(), high))
-        per_unit = histogram.bins_per_unit(power)
+        grid = histogram.grid_power(torch.maximum(low.neg(), high))
+        per_unit = histogram.bins_per_unit(grid)
         if self.axis is None:
-            self._recent_power[slot] = power
+            power.copy_(grid)
             chosen = histogram.sample(x)
-            histogram.count(chosen, per_unit, symmetric=self.symmetric, out=self._recent_counts[slot])
+            histogram.count(chosen, per_unit, symmetric=self.symmetric, out=counts)
             return
         rows = x.movedim(self.axis, 0).flatten(1)
-        self._add(histogram.count_rows(rows, per_unit, symmetric=self.symmetric).unsqueeze(1), power.unsqueeze(1))
+        self._add(histogram.count_rows(rows, per_unit, symmetric=self.symmetric).unsqueeze(1), grid.unsqueeze(1))
 
     def _fold(self, rows: Tensor) -> None:
         super()._fold(rows)

@@ -60,11 +60,12 @@ class Observer(FlexibleState):
         self._held = 0
         self.shared = False
         self._alive: Tensor | None = None
+        self._slots: list[tuple[Tensor, ...]] = []
         self.register_buffer("amin", torch.full(shape, torch.inf))
         self.register_buffer("amax", torch.full(shape, -torch.inf))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("bad", torch.full((), NEVER))
-        self.register_buffer("_recent", torch.empty(2, RING, *shape), persistent=False)
+        self.register_buffer("_recent", torch.empty(0), persistent=False)
 
     @property
     def _kernels(self) -> ModuleType | None:
@@ -105,6 +106,8 @@ class Observer(FlexibleState):
             return
         x = x.detach()
         self._fit(x)
+        if not self._slots:
+            self._make_ring()
         self._collect(x, self._held)
         if self._held == 0 and self.axis is None and x.ndim in (2, 4, 5):
             self._look_at_channels(x)
@@ -113,7 +116,7 @@ class Observer(FlexibleState):
             self.flush()
 
     def _collect(self, x: Tensor, slot: int) -> None:
-        low, high = self._recent[0, slot], self._recent[1, slot]
+        low, high, *_ = self._slots[slot]
         if self.axis is None:
             kernels = self._kernels
             if kernels is not None:
@@ -160,7 +163,13 @@ class Observer(FlexibleState):
     def _make_ring(self) -> None:
         """Fit the ring, which is empty, to the statistics' shape and device; on a GPU with an axis of parts."""
         parts = () if self._kernels is None else (self._kernels.PARTS,)
-        self._recent = torch.empty(2, RING, *parts, *self.amin.shape, device=self.amin.device)
+        with torch.inference_mode(mode=False):  # buffers outlive the inference mode that calibration runs in
+            self._recent = torch.empty(2, RING, *parts, *self.amin.shape, device=self.amin.device)
+            self._slots = self._views()
+
+    def _views(self) -> list[tuple[Tensor, ...]]:
+        """The ring's places, one by one: the same for every batch, and a view costs a host as much as a kernel."""
+        return list(zip(self._recent[0].unbind(), self._recent[1].unbind(), strict=True))
 
     def _resize(self, channels: int) -> None:
         """Make room for `channels` ranges where there are none yet."""
@@ -170,6 +179,7 @@ class Observer(FlexibleState):
                     shape = [d or channels for d in buffer.shape]
                     self._buffers[name] = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
         self.reset()
+        self._make_ring()
 
     def flush(self) -> None:
         """Fold the ring of recent batches into the statistics."""

@@ -188,3 +188,16 @@ def test_statistics_moved_in_inference_mode_outlive_it(kind: str) -> None:
     assert not any(buffer.is_inference() for buffer in observer.buffers())
     observer.flush()
     assert observer.batches == 1
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("held", [1, 3])
+def test_a_copy_goes_on_by_itself(kind: str, axis: int | None, held: int) -> None:
+    parts = [torch.randn(2, 3, 4) * (i + 1) for i in range(12)]
+    one = collected(kind, parts[:held], axis)
+    twin = copy.deepcopy(one)
+    for part in parts[held:]:
+        twin.collect(part)
+    same(twin, collected(kind, parts, axis))
+    same(one, collected(kind, parts[:held], axis))
