@@ -130,6 +130,7 @@ class Judge:
         result: dict[str, Any] = {
             "ok": bool(np.isfinite(got).all()),
             "sqnr_db": sqnr_db(self.reference, got),
+            "sqnr_median_db": statistics.median(map(sqnr_db, self.reference, got)),
             "changed": int((before != after).sum()),
             "images": len(got),
         }

@@ -84,10 +84,25 @@ def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) 
 
 torch.library.define("fxq::quantize", "(Tensor x, Tensor scale, Tensor zero_point, int? axis, str dtype) -> Tensor")
 torch.library.define("fxq::dequantize", "(Tensor q, Tensor scale, Tensor zero_point, int? axis) -> Tensor")
-# CompositeExplicitAutograd: this Python code serves CPU, CUDA and meta tensors, and tracers keep the operator
-# whole.
+# CompositeExplicitAutograd: this Python code serves CPU and CUDA tensors, and tracers keep the operator whole.
 torch.library.impl("fxq::quantize", "CompositeExplicitAutograd", _quantize)
 torch.library.impl("fxq::dequantize", "CompositeExplicitAutograd", _dequantize)
+
+
+@torch.library.impl("fxq::quantize", "Meta")
+def _quantized_shape(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: str) -> Tensor:
+    """The result without data. Tracers and exporters ask for it often, and the arithmetic takes them a third of
+    their time.
+    """
+    del scale, zero_point, axis
+    return torch.empty_like(x, dtype=_dtype(dtype).storage)
+
+
+@torch.library.impl("fxq::dequantize", "Meta")
+def _dequantized_shape(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+    del zero_point, axis
+    return torch.empty_like(q, dtype=scale.dtype)
+
 
 QUANTIZE: Final = torch.ops.fxq.quantize.default
 """The quantize operator, as FX call_function target."""

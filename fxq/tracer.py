@@ -274,6 +274,8 @@ def weighted_leaves(gm: fx.GraphModule) -> Iterator[Note]:
         if node.op != "call_module":
             continue
         module = attribute(gm, str(node.target))
+        if isinstance(module, nn.MultiheadAttention) and not origin(node).leaf:
+            continue  # the pass expand-attention takes it apart, or says why not
         inner = [path for path, m in module.named_modules() if path and isinstance(m, WEIGHTED_MODULES)]
         plain = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not origin(node).leaf
         own = isinstance(module, WEIGHTED_MODULES) and not plain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import fx
@@ -18,6 +18,8 @@ from .expand_attention import Builder, attend
 
 __all__ = ["DecomposeAttention"]
 
+_RANK: Final = 4
+
 
 @dataclass(frozen=True)
 class DecomposeAttention(Pass):
@@ -27,6 +29,9 @@ class DecomposeAttention(Pass):
     softmax and the second, and behind the second (R40).
 
     Rewrite: matmul, scale, mask, softmax, matmul; the products are then placed like any others.
+
+    PyTorch's ONNX exporter takes the call with four dimensions only: others are always written out, and the target's
+    heuristics then leave the products float.
 
     Declines: where the target's data exclude attention of these shapes (R40), with a note; where the target quantizes
     no products; where a recipe rule keeps the call float. Also ``is_causal``, grouped queries, and dropout that
@@ -43,7 +48,8 @@ class DecomposeAttention(Pass):
 
     @staticmethod
     def _decompose(editor: Editor, node: fx.Node) -> None:
-        why = _kept(editor, node)
+        info = tensor_info(node)
+        why = _kept(editor, node, exportable=info is not None and len(info.shape) == _RANK)
         if why is not None:
             editor.note(node, why[0], f"this attention stays one call in floating point: {why[1]}", kind="opaque")
             return
@@ -61,10 +67,11 @@ class DecomposeAttention(Pass):
         editor.erase(node)
 
 
-def _kept(editor: Editor, node: fx.Node) -> tuple[str, str] | None:
+def _kept(editor: Editor, node: fx.Node, *, exportable: bool) -> tuple[str, str] | None:
     """The rule and the reason by which a call stays whole."""
     for heuristic in state(editor.gm).target.heuristics:
-        if "scaled_dot_product_attention" in heuristic.kinds and heuristic.action == "exclude":
+        excludes = heuristic.action == "exclude" and exportable
+        if "scaled_dot_product_attention" in heuristic.kinds and excludes:
             saw = CHECKS[heuristic.check](node, **heuristic.parameters)
             if saw is not None:
                 return heuristic.rule, f"{heuristic.reason}: {saw}"

@@ -123,8 +123,9 @@ class ExpandAttention(Pass):
 
     Problem: ``nn.MultiheadAttention`` hides four matrix products with weights, and two without, in one call.
 
-    Rewrite: one linear layer makes queries, keys and values where they come from one tensor (three do otherwise,
-    on slices of its weight), the heads are split off, attended, joined, and projected. What attention itself
+    Rewrite: a linear layer each makes queries, keys and values, on a third of the weight where it is packed; the heads
+    are split off, attended, joined, and projected. (One packed layer whose result is taken apart runs in floating
+    point on TensorRT; three that read one tensor run as one INT8 kernel.) What attention itself
     becomes is the matter of :class:`~fxq.passes.decompose_attention.DecomposeAttention`, except where the model
     reads the attention weights: then it is written out here. ``F.multi_head_attention_forward`` is the same call.
 
@@ -258,13 +259,9 @@ def _attention(
 
 
 def _projected(build: Builder, editor: Editor, given: Mapping[str, Any], inputs: list[fx.Node]) -> list[fx.Node]:
-    """Queries, keys and values (N, L, E): of one linear layer where they come from one tensor."""
+    """Queries, keys and values (N, L, E), of a linear layer each."""
     weight: str | None = given.get("in_proj_weight")
     bias: str | None = given.get("in_proj_bias")
-    if weight is not None and inputs[0] is inputs[1] is inputs[2]:
-        made = _linear(build, editor, inputs[0], weight, bias, "in_proj")
-        made = build("chunk", made, chunks=3, dim=-1, name="chunk")
-        return [build("getitem", made, i, name=n) for i, n in enumerate(("query", "key", "value"))]
     found = []
     for index, (name, source) in enumerate(zip("qkv", inputs, strict=True)):
         whole = f"{name}_proj_weight"

@@ -35,16 +35,22 @@ def itself(m: Any, x: Tensor) -> Tensor:
     return result
 
 
-def test_self_attention_is_one_projection_two_products_and_another_projection() -> None:
+def test_self_attention_is_three_projections_two_products_and_another_projection() -> None:
     model = attention(itself, batch_first=True)
     gm = prepared(model, image(*X))
     check_golden("passes/attention", format_graph(gm))
     assert [kind_name(n) for n in gm.graph.nodes if kind_name(n) in ("linear", "matmul", "softmax")] == [
-        "linear", "matmul", "softmax", "matmul", "linear",
+        "linear", "linear", "linear", "matmul", "softmax", "matmul", "linear",
     ]  # fmt: skip
     totals = fxq.report(gm).totals
-    assert totals.weighted == totals.weighted_quantized == 4
-    assert {row.module_path for row in fxq.report(gm).weighted} == {"m", "m.in_proj", "m.out_proj"}
+    assert totals.weighted == totals.weighted_quantized == 6
+    assert {row.module_path for row in fxq.report(gm).weighted} == {
+        "m",
+        "m.q_proj",
+        "m.k_proj",
+        "m.v_proj",
+        "m.out_proj",
+    }
     same_numbers(gm, model, image(*X))
 
 
