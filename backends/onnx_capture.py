@@ -172,7 +172,10 @@ def _capture_error(source: Source, error: Exception) -> ExportError:
     if any(source.dims) and "Constraints violated" in str(error):
         names = ", ".join(sorted({dim.__name__ for dims in source.dims for dim in dims.values()}))
         message = f"the graph cannot be exported with dynamic {names}: " + " ".join(fixed or [str(error)])
-        hint = "compute with the input's own size there (x.shape[0]), or export static shapes with dynamic_shapes=None"
+        hint = (
+            "compute with the input's own size there (x.shape[0]); give a dimension that the graph bounds its range, "
+            "dynamic_shapes={input: {dimension: (min, max)}}; or export static shapes with dynamic_shapes=None"
+        )
     elif "data-dependent" in str(error):
         message = "a module decides by a tensor's value, which an exported file cannot hold"
         hint = "rewrite that line of its forward with torch operations (torch.where)"

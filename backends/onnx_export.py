@@ -26,6 +26,7 @@ from .onnx_files import write_model
 from .onnx_inputs import Examples
 from .onnx_names import label_nodes, name_nodes
 from .onnx_numbers import ComputeDtype, compute_dtype
+from .onnx_profiles import shape_ranges
 from .onnx_ranges import largest_magnitudes
 from .onnx_types import needed_opset, type_zero_points
 from .onnx_typing import type_model
@@ -113,7 +114,9 @@ def export_onnx(  # noqa: PLR0913 - one option for each thing that a user decide
     _check_result(model, source)
     if kind.name != "fp32":
         _type(model, kind, typing, dict(zip(examples.names, tensors, strict=True)))
-    _write_provenance(model, gm, compute_dtype=kind.name)
+    seen = (state(gm).provenance.get("calibration") or {}).get("input_shapes") or [] if has_state(gm) else []
+    ranges = shape_ranges(examples.names, examples.tensors, dims, seen)
+    _write_provenance(model, gm, compute_dtype=kind.name, **({"profiles": ranges} if ranges else {}))
     write_model(model, Path(path))
     return Path(path)
 
@@ -122,7 +125,7 @@ def _name_and_clean(source: Source, exported: ONNXProgram, outputs: Sequence[str
     """The exporter's program as a cleaned model whose nodes and tensors have their final names."""
     model, program = exported.model, exported.exported_program
     assert program is not None
-    type_zero_points(model, program)
+    type_zero_points(model, program, source.gm)
     label_nodes(model, program, source.gm, {*source.examples.names, *outputs, *model.graph.initializers})
     exported.optimize()
     for values, names in ((model.graph.inputs, source.examples.names), (model.graph.outputs, outputs)):
@@ -175,7 +178,7 @@ def _type(model: onnx.ModelProto, kind: ComputeDtype, typing: Typed, inputs: Map
     type_model(model, kind, keep_io_types=typing.keep_io_types, islands=typing.islands, largest=largest)
 
 
-def _write_provenance(model: onnx.ModelProto, gm: fx.GraphModule, **more: str) -> None:
+def _write_provenance(model: onnx.ModelProto, gm: fx.GraphModule, **more: Any) -> None:
     """What the graph's state knows about where its numbers came from, one entry each, as text or JSON."""
     known = {**(state(gm).provenance if has_state(gm) else {}), **more}
     for key, value in known.items():

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
+from .onnx_names import free_name
 
 __all__ = ["Examples", "output_names", "placeholder_values", "to_cpu"]
 
@@ -107,7 +108,7 @@ def output_names(gm: fx.GraphModule, wanted: Sequence[str] | None, inputs: Seque
     Args:
         gm: The graph.
         wanted: What the user asked for; None for ``output``, or where there are several the keys of a dict or
-            ``output_0``, ``output_1`` ….
+            ``output_0``, ``output_1`` …; a name that an input has gets a number more.
         inputs: Names that are taken.
 
     Raises:
@@ -120,6 +121,8 @@ def output_names(gm: fx.GraphModule, wanted: Sequence[str] | None, inputs: Seque
         raise ExportError("the graph has no output tensor")
     by_key = all(keys and isinstance(keys[0], pytree.MappingKey) for keys in found)
     own = ["_".join(map(_key, keys)) if by_key else _path_name("output", keys) for keys in found]
+    if wanted is None:
+        own = [free_name(name, {*inputs, *own[:index]}) for index, name in enumerate(own)]
     names = _checked_names("output", own, wanted)
     both = sorted(set(names) & set(inputs))
     if both:

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from ..errors import ExportError
-from ..graph import constant, error_at
+from ..graph import constant, edge_annotations, error_at
 from ..qdq import DEQUANTIZE, QUANTIZE
+from .onnx_names import carried_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,8 @@ _TYPES: Final[Mapping[torch.dtype, str]] = {
     torch.int32: "int32",
 }
 _NAMES: Final[Mapping[str, str]] = {"float8_e4m3fn": "float8e4m3fn"}
+_FOUR_BITS: Final = frozenset({"int4", "uint4"})
+"""torch holds these in bytes; ONNX has a type for them, two to a byte."""
 
 
 def needed_opset(gm: fx.GraphModule, asked: int | None, *, at_least: int = LOWEST, because: str = "") -> int:
@@ -88,13 +91,23 @@ def _version_for(node: fx.Node) -> int:
         stored: str | None = _NAMES.get(name, name)
     else:
         weight = constant(_argument(node, 0, "q"))
-        stored = None if weight is None else _TYPES.get(weight.dtype, str(weight.dtype))
+        stored = None if weight is None else _four_bits(node) or _TYPES.get(weight.dtype, str(weight.dtype))
     version = _first_version(quantizes, _TYPES.get(scale.dtype, str(scale.dtype)), stored)
     if version is None:
         op = "QuantizeLinear" if quantizes else "DequantizeLinear"
         message = f"ONNX's {op} does not take {stored} with a scale of {scale.dtype}, as {node.name} has it"
         raise error_at(ExportError, message, node, hint="quantize it to int8 with a float32 scale")
     return version
+
+
+def _four_bits(node: fx.Node) -> str | None:
+    """The 4-bit type of the weight that `node` dequantizes, by the annotation of an operation that reads it."""
+    for user in node.users:
+        for edge, annotation in edge_annotations(user).items():
+            reads = isinstance(edge, int) and edge < len(user.args) and user.args[edge] is node
+            if reads and annotation.spec is not None and annotation.spec.qdtype.name in _FOUR_BITS:
+                return annotation.spec.qdtype.name
+    return None
 
 
 @cache
@@ -132,7 +145,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {QUANTIZE: quantize, DEQUANTIZE: dequantize}
 
 
-def type_zero_points(model: ir.Model, program: torch.export.ExportedProgram) -> None:
+def type_zero_points(model: ir.Model, program: torch.export.ExportedProgram, gm: fx.GraphModule) -> None:
     """Give zero points the quantized type (fxq holds them as int32), and tensors of 4 bits theirs.
 
     Zero points that are all 0 become one constant for each type and length. A per-tensor scale becomes a
@@ -141,11 +154,28 @@ def type_zero_points(model: ir.Model, program: torch.export.ExportedProgram) -> 
     Args:
         model: As the exporter made it from `program`; changed in place.
         program: Its nodes know the types by name.
+        gm: The graph that was exported; its annotations know which weights have 4 bits.
     """
     steps = {node.name: node for node in program.graph.nodes}
+    narrow = {
+        node.name: kind
+        for node in gm.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+        if constant(_argument(node, 0, "q")) is not None and (kind := _four_bits(node)) is not None
+    }
     for node in model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            _type_node(model, node, steps[str(node.outputs[0].name)])
+            step = steps[str(node.outputs[0].name)]
+            _pack(model, node, narrow.get(str(carried_name(step))))
+            _type_node(model, node, step)
+
+
+def _pack(model: ir.Model, node: ir.Node, kind: str | None) -> None:
+    """Store the weight that a node dequantizes in its 4-bit type."""
+    if kind is None:
+        return
+    numbers = _numbers(node.inputs[0])
+    packed = numbers.astype(_onnx_type(kind).numpy())
+    node.replace_input_with(0, _constant(model, f"{_name(node, 0)}_{kind}", packed))
 
 
 def _type_node(model: ir.Model, node: ir.Node, step: fx.Node) -> None:

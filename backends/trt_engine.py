@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from ..optional import require
+from .trt_api import Library, load_library, this_platform
+from .trt_benchmark import Comparison, Latency, measure
 from .trt_callbacks import capturing, tensorrt_logger
 from .trt_kernels import LayerInfo, kernels_from_inspector
+from .trt_parse import OnnxSource
+from .trt_record import BuildRecord
+from .trt_session import Inputs, Session
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "benchmark"]
 
 _LISTED = 8
 """How many kernels a summary names one by one."""
@@ -35,6 +40,8 @@ class Engine:
         kernels: Its kernels in the order in which they run, or None where the builder did not list them and
             no GPU could load the engine to ask it.
         build_seconds: Wall time of the build, without parsing.
+        record: How it was built; None for an engine of another tool.
+        weights_from: The ONNX file from which an engine that was built without weights takes them back.
     """
 
     path: Path
@@ -42,6 +49,51 @@ class Engine:
     tensorrt_version: str
     kernels: tuple[LayerInfo, ...] | None = field(default=None, repr=False)
     build_seconds: float = 0.0
+    record: BuildRecord | None = field(default=None, repr=False)
+    weights_from: Path | None = field(default=None, repr=False)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, weights_from: str | PathLike[str] | None = None) -> Engine:
+        """An engine file from here or elsewhere, with what its record says. Nothing of it is run or loaded yet.
+
+        An engine holds code: run those only whose origin you trust.
+
+        Args:
+            path: The engine file; its record, ``<file>.json``, lies beside it where fxq built it.
+            weights_from: For an engine with ``weights="stripped"``: the ONNX file that it was built from.
+
+        Raises:
+            EngineError: There is no such file, or its record is unreadable or belongs to another engine.
+        """
+        file = Path(path)
+        _require_file(file)
+        record = BuildRecord.read(file)
+        source = None if weights_from is None else Path(weights_from)
+        if record is None:
+            return cls(file, file.stat().st_size, "unknown", weights_from=source)
+        return cls.of(file, record, weights_from=source)
+
+    @classmethod
+    def of(cls, path: Path, record: BuildRecord, *, weights_from: Path | None = None) -> Engine:
+        """An engine file that a record speaks of."""
+        size, seconds = path.stat().st_size, record.build_seconds
+        return cls(path, size, record.version, record.kernels, seconds, record, weights_from)
+
+    def mismatches(self) -> list[str]:
+        """Why the engine cannot run here, by its record; empty if nothing speaks against it, or nothing is known.
+
+        Raises:
+            MissingDependencyError: The library that would run it is not installed.
+        """
+        trt = self._library()
+        if self.record is None:
+            return []
+        return self.record.mismatches(this_platform(), trt.__name__, trt.__version__)
+
+    def _library(self) -> ModuleType:
+        known: dict[str, Library] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
+        wanted = None if self.record is None else known.get(self.record.library)
+        return load_library(wanted, purpose="running an engine")
 
     @property
     def weighted_kernels(self) -> tuple[LayerInfo, ...]:
@@ -68,7 +120,8 @@ class Engine:
 
     def summary(self) -> str:
         """Kernels, the share of weighted ones that read INT8, and bytes moved, as text of a few lines."""
-        head = f"{self.path.name}: {_readable(self.nbytes)}, TensorRT {self.tensorrt_version}"
+        library = "TensorRT-RTX" if self.record and self.record.library == "tensorrt_rtx" else "TensorRT"
+        head = f"{self.path.name}: {_readable(self.nbytes)}, {library} {self.tensorrt_version}"
         if self.build_seconds:
             head += f", built in {self.build_seconds:.1f} s"
         if self.kernels is None:
@@ -88,142 +141,153 @@ class Engine:
             lines.append(f"  not INT8: {len(wide) - _LISTED} more")
         return "\n".join(lines)
 
-    def run(self, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the engine once on the current CUDA device and torch stream.
+    def run(self, inputs: Inputs, *, cuda_graph: bool = False) -> dict[str, Tensor]:
+        """Run the engine once on the current CUDA device.
+
+        It works on a stream of its own, after what the current torch stream has been given and before what that is
+        given next, so results can be used as those of any torch call.
 
         Args:
-            inputs: One tensor, several in the engine's order, or a mapping from input name to tensor. Tensors
-                on another device are copied; dtypes must be the engine's and shapes within its optimization
-                profile.
+            inputs: One tensor, several in the engine's order, or a mapping from input name to tensor. Tensors on the
+                GPU are read where they lie, others are copied there; dtypes must be the engine's and shapes within its
+                optimization profile.
+            cuda_graph: Replay a CUDA graph, which is recorded on the first run of each combination of shapes. It saves
+                the launches of the kernels, which is what small engines spend their time on, for a copy of inputs and
+                outputs.
 
         Returns:
             Output name to tensor, in the engine's order, on the GPU. As for any CUDA operation the work is
             queued on the stream when this returns.
 
         Raises:
-            EngineError: No GPU, an engine that this GPU or TensorRT cannot load, or inputs that do not fit.
+            EngineError: No GPU; an engine that was not built for this library or GPU, or that cannot be loaded; or
+                inputs that do not fit.
             MissingDependencyError: ``tensorrt`` is not installed.
         """
-        return self._session.run(inputs)
+        return self._session.run(inputs, cuda_graph=cuda_graph)
+
+    def benchmark(
+        self,
+        inputs: Inputs | None = None,
+        *,
+        warmup: int = 50,
+        iterations: int = 200,
+        cuda_graph: bool = False,
+    ) -> Latency:
+        """Time single inferences by CUDA events, queued one after the other.
+
+        Args:
+            inputs: As for :meth:`run`; put them on the GPU, or their copies are timed too. None: random ones of the
+                shapes that the engine is tuned for.
+            warmup: Inferences that do not count.
+            iterations: Inferences that do.
+            cuda_graph: As for :meth:`run`.
+
+        Raises:
+            EngineError: As for :meth:`run`.
+        """
+        return benchmark(
+            {"engine": self}, inputs, warmup=warmup, iterations=iterations, cuda_graph=cuda_graph
+        ).latencies["engine"]
 
     @cached_property
-    def _session(self) -> _Session:
-        return _Session(self.path)
-
-
-class _Session:
-    """A deserialized engine with its execution context. It holds GPU memory as long as it lives."""
-
-    def __init__(self, path: Path) -> None:
+    def _session(self) -> Session:
         if not torch.cuda.is_available():
             raise EngineError(
-                f"{path} cannot be run here: torch sees no CUDA GPU",
+                f"{self.path} cannot be run here: torch sees no CUDA GPU",
                 hint="run it on a machine with an NVIDIA GPU and a CUDA build of torch",
             )
-        self.trt = require("tensorrt", extra="trt", purpose="running an engine")
-        self.path = path
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.engine = load_engine(self.trt, path)
-        self.context = self.engine.create_execution_context()
-        if self.context is None:
-            raise EngineError(f"{path}: no execution context", hint="the GPU's memory may be exhausted")
-        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
-        self.inputs = [name for name in names if self._mode(name) == self.trt.TensorIOMode.INPUT]
-        self.outputs = [name for name in names if self._mode(name) == self.trt.TensorIOMode.OUTPUT]
-
-    def run(self, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.cuda.device(self.device):
-            # Held until the work is queued. torch's allocator reuses memory in stream order, so that is long
-            # enough.
-            fed = {name: self._bind_input(name, tensor) for name, tensor in self._by_name(inputs).items()}
-            missing = self.context.infer_shapes()
-            if missing:
-                raise EngineError(f"{self.path}: the shapes of {', '.join(missing)} are not determined by the inputs")
-            outputs = {name: self._bind_output(name) for name in self.outputs}
-            with capturing() as log:
-                queued = self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream)
-            if not queued:
-                raise EngineError(f"{self.path} could not be run: {'; '.join(log.errors()) or 'no reason given'}")
-            del fed
-        return outputs
-
-    def _by_name(self, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if isinstance(inputs, Mapping):
-            named = dict(inputs)
-        else:
-            tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-            if len(tensors) != len(self.inputs):
-                raise EngineError(f"{self.path} takes {len(self.inputs)} inputs and got {len(tensors)}")
-            named = dict(zip(self.inputs, tensors, strict=True))
-        if set(named) != set(self.inputs):
-            raise EngineError(f"{self.path} takes the inputs {self.inputs} and got {sorted(named)}")
-        return named
-
-    def _bind_input(self, name: str, tensor: Tensor) -> Tensor:
-        dtype = self._dtype(name)
-        if tensor.dtype != dtype:
-            raise EngineError(f"{self.path}: input {name} is {dtype} and got {tensor.dtype}")
-        tensor = tensor.detach().to(self._place(name)).contiguous()
-        with capturing() as log:
-            fits = self.context.set_input_shape(name, tuple(tensor.shape))
-        if not fits:
-            low, _, high = self.engine.get_tensor_profile_shape(name, 0)
+        if mismatches := self.mismatches():
             raise EngineError(
-                f"{self.path}: input {name} of shape {tuple(tensor.shape)} is outside the engine's profile, "
-                f"{tuple(low)} to {tuple(high)}: {'; '.join(log.errors())}",
-                hint="build the engine with a profile that covers this shape",
+                f"{self.path} cannot be run here: {'; '.join(mismatches)}. It is {self.record}",
+                hint="build it again here from its ONNX file",
             )
-        self.context.set_tensor_address(name, tensor.data_ptr())
-        return tensor
+        trt = self._library()
+        engine = load_engine(trt, self.path, host_code=bool(self._option("version_compatible")))
+        if self._option("weights") == "stripped":
+            self._take_weights(trt, engine)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return Session(trt, engine, device, str(self.path))
 
-    def _bind_output(self, name: str) -> Tensor:
-        shape = tuple(self.context.get_tensor_shape(name))
-        if any(dim < 0 for dim in shape):
-            raise EngineError(f"{self.path}: the shape of output {name}, {shape}, depends on the data, not on shapes")
-        tensor = torch.empty(shape, dtype=self._dtype(name), device=self._place(name))
-        self.context.set_tensor_address(name, tensor.data_ptr())
-        return tensor
+    def _option(self, name: str) -> Any:
+        return None if self.record is None else self.record.options.get(name)
 
-    def _mode(self, name: str) -> Any:
-        return self.engine.get_tensor_mode(name)
-
-    def _place(self, name: str) -> torch.device:
-        """Shape tensors live in host memory, all others on the GPU."""
-        on_host = self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST
-        return torch.device("cpu") if on_host else self.device
-
-    def _dtype(self, name: str) -> torch.dtype:
-        word = self.engine.get_tensor_dtype(name).name
-        if word not in _TORCH_DTYPES:
-            raise EngineError(f"{self.path}: tensor {name} has TensorRT's type {word}, which torch has not")
-        return _TORCH_DTYPES[word]
-
-
-# TensorRT's DataType by name -> torch's.
-_TORCH_DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "FP8": torch.float8_e4m3fn,
-    "INT64": torch.int64,
-    "INT32": torch.int32,
-    "INT8": torch.int8,
-    "UINT8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    def _take_weights(self, trt: ModuleType, engine: Any) -> None:
+        """Put the weights of the ONNX file into an engine that was built without."""
+        assert self.record is not None
+        if self.weights_from is None or not self.weights_from.is_file():
+            raise EngineError(
+                f"{self.path} was built without its weights",
+                hint="name the ONNX file that it was built from: Engine.load(path, weights_from=onnx_path)",
+            )
+        if OnnxSource.read(self.weights_from).digest() != self.record.onnx_sha256:
+            raise EngineError(
+                f"{self.weights_from} is not the file that {self.path} was built from: its weights may differ",
+                hint="build the engine again from this file",
+            )
+        with capturing() as log:
+            refitter = trt.Refitter(engine, tensorrt_logger(trt))
+            parser = trt.OnnxParserRefitter(refitter, tensorrt_logger(trt))
+            done = parser.refit_from_file(str(self.weights_from)) and refitter.refit_cuda_engine()
+        if not done:
+            raise EngineError(f"{self.path} does not take the weights back: {'; '.join(log.errors()) or 'no reason'}")
 
 
-def load_engine(trt: ModuleType, path: Path) -> Any:
+def benchmark(
+    engines: Mapping[str, Engine],
+    inputs: Inputs | None = None,
+    *,
+    warmup: int = 50,
+    iterations: int = 200,
+    cuda_graph: bool = False,
+) -> Comparison:
+    """Time engines beside each other, in turns: INT8, FP16 and FP32 builds of one model, say.
+
+    Args:
+        engines: By any names.
+        inputs: For all of them, as for :meth:`Engine.run`; None takes random ones of the shapes that the first is
+            tuned for.
+        warmup: Inferences of each that do not count.
+        iterations: Inferences of each that do.
+        cuda_graph: As for :meth:`Engine.run`.
+
+    Raises:
+        EngineError: There is no engine, or as for :meth:`Engine.run`.
+    """
+    if not engines:
+        raise EngineError("there is no engine to time", hint='give {"int8": engine, ...}')
+    sessions = {name: engine._session for name, engine in engines.items()}
+    first = next(iter(sessions.values()))
+    fed = first.example_inputs() if inputs is None else inputs
+    tensors = [fed] if isinstance(fed, Tensor) else list(fed.values() if isinstance(fed, Mapping) else fed)
+    sizes = {tensor.shape[0] for tensor in tensors if tensor.ndim}
+    runs = {name: lambda s=session: s.run(fed, cuda_graph=cuda_graph) for name, session in sessions.items()}
+    batch = sizes.pop() if len(sizes) == 1 else None
+    return Comparison(measure(runs, warmup=warmup, iterations=iterations, device=first.device, batch=batch))
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise EngineError(f"there is no engine file {path}", hint="build it first: fxq.build(onnx_path, engine_path)")
+
+
+def load_engine(trt: ModuleType, path: Path, *, host_code: bool = False) -> Any:
     """Deserialize an engine file.
+
+    Args:
+        trt: TensorRT's module.
+        path: The file.
+        host_code: Let the engine bring code for the CPU, as version-compatible ones do.
 
     Raises:
         EngineError: The file is missing, or TensorRT cannot load it on this machine; the message has its
             reasons.
     """
-    if not path.is_file():
-        raise EngineError(f"there is no engine file {path}", hint="build it first: fxq.build(onnx_path, engine_path)")
+    _require_file(path)
     with capturing() as log:
         runtime = trt.Runtime(tensorrt_logger(trt))
+        if host_code:
+            runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise EngineError(

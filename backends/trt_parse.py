@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BuildError
-from .onnx_names import MODULE_PATH, SOURCE, properties
+from .onnx_names import MODULE_PATH, NODE, SOURCE, properties
+from .trt_api import network_flags
 from .trt_callbacks import tensorrt_logger
 
 if TYPE_CHECKING:
@@ -51,6 +54,52 @@ class OnnxSource:
         """What messages call it."""
         return str(self.path) if self.path else "the ONNX model"
 
+    @cached_property
+    def model(self) -> onnx.ModelProto | None:
+        """The model without the weights that lie beside it, or None where the bytes are no model."""
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        try:
+            return onnx.load_model_from_string(self.data)
+        except DecodeError:
+            return None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model has a QuantizeLinear or a DequantizeLinear."""
+        return self.model is not None and any(
+            node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.model.graph.node
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The model's metadata_props."""
+        return {} if self.model is None else {entry.key: entry.value for entry in self.model.metadata_props}
+
+    def digest(self) -> str:
+        """SHA-256 of the model and of all weights, those in files beside it included.
+
+        Raises:
+            BuildError: A weight file is not there.
+        """
+        found = hashlib.sha256(self.data)
+        for file in self._weight_files():
+            try:
+                with file.open("rb") as opened:
+                    found.update(hashlib.file_digest(opened, "sha256").digest())
+            except OSError as error:
+                raise BuildError(
+                    f"{self.name} keeps weights in {file}, which cannot be read: {error.strerror}",
+                    hint="keep a model and its external data in one folder",
+                ) from error
+        return found.hexdigest()
+
+    def _weight_files(self) -> list[Path]:
+        if self.model is None or self.path is None:
+            return []
+        entries = (entry for tensor in self.model.graph.initializer for entry in tensor.external_data)
+        return [self.path.parent / name for name in sorted({e.value for e in entries if e.key == "location"})]
+
 
 @dataclass(frozen=True)
 class _Origin:
@@ -60,9 +109,12 @@ class _Origin:
     op_type: str = ""
     module_path: str | None = None
     source: str | None = None
+    fx_node: str | None = None
 
     def __str__(self) -> str:
         text = f"{self.node} ({self.op_type})" if self.op_type else self.node
+        if self.fx_node and self.fx_node != self.node:
+            text += f", FX node {self.fx_node}"
         places = [place for place in (self.module_path, self.source) if place]
         return f"{text}, from {' at '.join(places)}" if places else text
 
@@ -76,9 +128,7 @@ def parse_onnx(trt: ModuleType, builder: Any, source: OnnxSource) -> tuple[Any, 
     Raises:
         BuildError: The parser refuses the model; every one of its errors is in the message.
     """
-    # 10.x needs the flag; 11 accepts it and is strongly typed with or without; a later one may drop it (R1).
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    network = builder.create_network(network_flags(trt))
     parser = trt.OnnxParser(network, tensorrt_logger(trt))
     path = None if source.path is None else str(source.path)  # for weights that are stored beside the file
     if not parser.parse(source.data, path):
@@ -90,7 +140,7 @@ def parse_onnx(trt: ModuleType, builder: Any, source: OnnxSource) -> tuple[Any, 
 
 
 def _parse_failure(source: OnnxSource, errors: list[Any]) -> BuildError:
-    model = _load(source)
+    model = source.model
     if model is None:
         return BuildError(f"{source.name} is no readable ONNX model", hint="check it with onnx.checker.check_model")
     origins = _origins(model)
@@ -112,8 +162,7 @@ def refusal(source: OnnxSource, reasons: Iterable[str]) -> BuildError:
         source: The model, for the origins of the nodes that the reasons mention by name.
         reasons: What TensorRT logged as errors.
     """
-    model = _load(source)
-    origins = _origins(model) if model else {}
+    origins = _origins(source.model) if source.model else {}
     lines, first = [], None
     for reason in reasons:
         mentioned = [origin for name, origin in origins.items() if _mentions(reason, name)]
@@ -137,17 +186,6 @@ def _mentions(text: str, name: str) -> bool:
     return re.search(rf"(?<![\w./]){re.escape(name)}(?![\w/]|\.\w)", text) is not None
 
 
-def _load(source: OnnxSource) -> onnx.ModelProto | None:
-    """The model without the weights that lie beside it, or None where the bytes are no model."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        return onnx.load_model_from_string(source.data)
-    except DecodeError:
-        return None
-
-
 def _origins(model: onnx.ModelProto) -> dict[str, _Origin]:
     """Node name to origin for every node, those of subgraphs included."""
     found: dict[str, _Origin] = {}
@@ -156,7 +194,9 @@ def _origins(model: onnx.ModelProto) -> dict[str, _Origin]:
         for node in graphs.pop().node:
             keys = properties(node)
             if node.name:
-                found[node.name] = _Origin(node.name, node.op_type, keys.get(MODULE_PATH), keys.get(SOURCE))
+                found[node.name] = _Origin(
+                    node.name, node.op_type, keys.get(MODULE_PATH), keys.get(SOURCE), keys.get(NODE)
+                )
             for attribute in node.attribute:
                 graphs += [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
     return found

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from ..errors import BuildError
 
-__all__ = ["Profiles", "ShapeRange", "profile_shapes"]
+__all__ = ["PROFILES", "Profiles", "Ranges", "ShapeRange", "profile_shapes", "recorded_profiles"]
+
+PROFILES: Final = "fxq.profiles"
+"""Key of a model's metadata_props: for each dynamic input its shapes as [min, opt, max], in JSON."""
 
 ShapeRange: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int]]
 # The same, checked.
 _Range: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profiles: TypeAlias = Mapping[str, ShapeRange]
+Ranges: TypeAlias = dict[str, _Range]
 
 # Smallest, tuned-for and largest batch where the caller names none.
 _BATCHES = (1, 8, 32)
 
 
-def profile_shapes(inputs: Mapping[str, tuple[int, ...]], profiles: Profiles | None) -> dict[str, _Range]:
+def recorded_profiles(metadata: Mapping[str, str]) -> Profiles:
+    """What an ONNX file's metadata say about the shapes that it is for; empty if nothing.
+
+    Raises:
+        BuildError: The entry is damaged.
+    """
+    text = metadata.get(PROFILES)
+    if text is None:
+        return {}
+    try:
+        held = json.loads(text)
+        return {str(name): (shapes[0], shapes[1], shapes[2]) for name, shapes in held.items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise BuildError(
+            f"the file's entry {PROFILES} is damaged: {text[:80]}", hint="export it again, or pass profiles={...}"
+        ) from error
+
+
+def profile_shapes(
+    inputs: Mapping[str, tuple[int, ...]], profiles: Profiles | None, recorded: Profiles | None = None
+) -> Ranges:
     """The smallest, tuned-for and largest shape of every dynamic input.
 
     Args:
         inputs: Input name to shape, -1 where it is dynamic.
-        profiles: What the caller gave for each dynamic input. None: batches of 1, 8 and 32 in the first
-            dimension, which then has to be the only dynamic one.
+        profiles: What the caller gave for each dynamic input. None: what is recorded, else batches of 1, 8 and 32
+            in the first dimension, which then has to be the only dynamic one.
+        recorded: What the file says for some of them.
 
     Returns:
         Empty where every shape is static.
@@ -34,7 +60,11 @@ def profile_shapes(inputs: Mapping[str, tuple[int, ...]], profiles: Profiles | N
     """
     dynamic = {name: shape for name, shape in inputs.items() if any(dim < 0 for dim in shape)}
     if profiles is None:
-        return {name: _batch_range(name, shape) for name, shape in dynamic.items()}
+        known = recorded or {}
+        return {
+            name: _checked(name, shape, known[name]) if name in known else _batch_range(name, shape)
+            for name, shape in dynamic.items()
+        }
     if unknown := sorted(set(profiles) - set(dynamic)):
         raise BuildError(
             f"profiles names {', '.join(unknown)}, but the inputs of dynamic shape are {', '.join(dynamic) or 'none'}",

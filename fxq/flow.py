@@ -273,6 +273,8 @@ def calibrate(
         CalibrationError: No data, NaN or Inf, or a quantizer that no data reached; the message names the
             place. If one rank has such a problem or dies, all ranks raise.
     """
+    from .backends.onnx_profiles import SeenShapes
+
     if (batches is None) != performance_only:
         raise CalibrationError(
             "performance_only goes with batches=None, and only then",
@@ -286,7 +288,8 @@ def calibrate(
     sampler = Sampler(prepared, [])
     wanted = bias_correction and not performance_only and not held.provenance.get("trains")
     keep = sampler.keep if wanted else None
-    with _kept(prepared, keep):
+    shapes = SeenShapes(prepared)
+    with _watched(prepared, lambda inputs: shapes.see(*inputs)), _watched(prepared, keep):
         found = calibration.calibrate(
             prepared,
             batches,
@@ -300,12 +303,13 @@ def calibrate(
     with joined(rank_timeout) if across_ranks and keep is not None else nullcontext() as ranks:
         corrections = on_first(ranks, lambda: correct_biases(prepared, sampler.kept) if sampler.kept else {})
     _store_corrections(prepared, corrections)
-    _remember(prepared, calibration={"batches": found.batches, "performance_only": performance_only})
+    facts = {"batches": found.batches, "performance_only": performance_only}
+    _remember(prepared, calibration={**facts, "input_shapes": shapes.summary()})
     return replace(found, warnings=warnings_of(prepared))
 
 
 @contextmanager
-def _kept(prepared: fx.GraphModule, keep: Callable[[Inputs], None] | None) -> Iterator[None]:
+def _watched(prepared: fx.GraphModule, keep: Callable[[Inputs], None] | None) -> Iterator[None]:
     """Hand what the graph is called with to `keep`."""
     if keep is None:
         yield
@@ -476,8 +480,9 @@ def build(path: str | Path, engine_path: str | Path, **options: Any) -> Engine:
 
     Args:
         path: The ONNX file.
-        engine_path: Where to write the engine; written whole or not at all.
-        options: See :func:`fxq.backends.trt_build.build`.
+        engine_path: Where to write the engine; written whole or not at all. Beside it goes a record of how it was
+            built.
+        options: Shapes, caches, weights, compatibility and more: see :func:`fxq.backends.trt_build.build`.
 
     Returns:
         What was built, with its kernels where TensorRT shows them. It is loaded only when run.
@@ -489,6 +494,24 @@ def build(path: str | Path, engine_path: str | Path, **options: Any) -> Engine:
     from .backends.trt_build import build as build_engine
 
     return build_engine(path, engine_path, **options)
+
+
+def load_engine(path: str | Path, *, weights_from: str | Path | None = None) -> Engine:
+    """An engine file, from here or elsewhere, with what is known of how it was built. Nothing of it runs yet.
+
+    An engine holds code: run those only whose origin you trust.
+
+    Args:
+        path: The engine file. What fxq built has a record beside it, ``<file>.json``; print it before you run the
+            engine, or ask ``engine.mismatches()``. :meth:`~fxq.backends.trt_engine.Engine.run` refuses a mismatch.
+        weights_from: For an engine that was built with ``weights="stripped"``: the ONNX file that it was built from.
+
+    Raises:
+        EngineError: There is no such file, or its record is unreadable or belongs to another engine.
+    """
+    from .backends.trt_engine import Engine
+
+    return Engine.load(path, weights_from=weights_from)
 
 
 def quantize(

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from converted_graphs import GraphBuilder, residual_net
 from golden import check_golden
 from onnx import numpy_helper
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+import fxq
 from fxq.backends import onnx_capture, onnx_files
 from fxq.backends.onnx_compare import compare_nodes
 from fxq.backends.onnx_export import export_onnx
@@ -705,3 +706,37 @@ def test_a_failure_beyond_the_limit_leaves_both_old_files(tmp_path: Path, monkey
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     (got,) = Session(path).run(*args)
     assert math.isfinite(got.sum())
+
+
+def test_an_input_called_output_keeps_its_name(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def forward(self, output: Tensor) -> Tensor:
+            return output + 1
+
+    path = fxq.export(fxq.trace(Net(), torch.randn(2, 3)), tmp_path / "m.onnx")
+    session = Session(path)
+    assert (session.input_names, session.output_names) == (("output",), ("output_1",))
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "fp16", "bf16"])
+def test_nothing_is_said_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str], compute_dtype: str) -> None:
+    gm = fxq.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 6, 6))
+    fxq.export(gm, tmp_path / "m.onnx", compute_dtype=compute_dtype)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "fp16"])
+def test_weights_of_4_bits_take_half_a_byte(tmp_path: Path, compute_dtype: str) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)), torch.randn(4, 16)
+    recipe = fxq.Recipe([fxq.Rule("*", fxq.EdgeSpecs(weight=fxq.QSpec("int4")))])
+    quantized = fxq.quantize(model, [x], recipe=recipe, progress=False)
+    path = fxq.export(quantized, tmp_path / "m.onnx", compute_dtype=compute_dtype)
+    held = onnx.load(path)
+    weights = [t for t in held.graph.initializer if t.data_type == onnx.TensorProto.INT4 and len(t.dims) == 2]
+    assert held.opset_import[0].version == 21
+    assert [(list(t.dims), len(t.raw_data)) for t in weights] == [([16, 16], 128), ([8, 16], 64)]
+    torch.testing.assert_close(
+        Session(path).run(x)[0], quantized(x), rtol=0, atol=1e-5 if compute_dtype == "fp32" else 0.01
+    )
+    with pytest.raises(ExportError, match="opset 20 is too low"):
+        fxq.export(quantized, tmp_path / "m.onnx", opset=20)

@@ -17,10 +17,11 @@ import torch
 import trt_cpu
 from qdq_onnx import QdqModel, residual_model
 
-from fxq.backends import trt_build, trt_engine
+from fxq.backends import trt_build, trt_engine, trt_session
 from fxq.backends.trt_build import build
 from fxq.backends.trt_callbacks import capturing, progress_monitor, tensorrt_logger
 from fxq.backends.trt_engine import Engine
+from fxq.backends.trt_session import TORCH_DTYPES
 from fxq.errors import BuildError, EngineError, MissingDependencyError
 
 WEIGHTED = ["stem", "conv1", "conv2", "conv3", "fc"]
@@ -90,7 +91,7 @@ class TestKernels:
 
     def test_options_reach_the_builder(self, tmp_path: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
-        configure = trt_build._configure
+        configure = trt_build.configure
 
         def spy(*args: object) -> object:
             config = configure(*args)  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ class TestKernels:
             seen.append((limit, config.builder_optimization_level, config.profiling_verbosity))
             return config
 
-        monkeypatch.setattr(trt_build, "_configure", spy)
+        monkeypatch.setattr(trt_build, "configure", spy)
         build(
             residual_model(1).SerializeToString(),
             tmp_path / "net.engine",
@@ -236,7 +237,7 @@ class TestErrors:
             def step_complete(self, *_args: object) -> bool:
                 return False
 
-        configure = trt_build._configure
+        configure = trt_build.configure
         monitor = Cancel()
 
         def cancelling(*args: object) -> object:
@@ -244,7 +245,7 @@ class TestErrors:
             config.progress_monitor = monitor
             return config
 
-        monkeypatch.setattr(trt_build, "_configure", cancelling)
+        monkeypatch.setattr(trt_build, "configure", cancelling)
         with pytest.raises(BuildError, match="TensorRT cannot build the ONNX model"):
             build(residual_model(1).SerializeToString(), tmp_path / "net.engine")
         assert list(tmp_path.iterdir()) == []
@@ -279,23 +280,27 @@ class TestRun:
             engine.run(torch.zeros(1, 16, 16, 16))
 
     def test_code_for_the_gpu_names_only_what_the_bindings_have(self, trt: ModuleType) -> None:
-        """The one check of that code that needs no device: no method or type in it is misspelt or gone."""
+        """The one check of that code against TensorRT that needs no device: nothing in it is misspelt or gone."""
         owners = {
             "engine": trt.ICudaEngine,
             "context": trt.IExecutionContext,
             "trt": trt,
             "runtime": trt.Runtime,
+            "refitter": trt.Refitter,
+            "parser": trt.OnnxParserRefitter,
         }
-        tree = ast.parse(inspect.getsource(trt_engine))
         used = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute):
-                base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
-                if base in owners:
-                    used.add((base, node.attr))
-        assert len(used) > 15
-        assert sorted(pair for pair in used if not hasattr(owners[pair[0]], pair[1])) == []
-        assert set(trt_engine._TORCH_DTYPES) <= set(trt.DataType.__members__)
+        for room in (trt_engine, trt_session):
+            for node in ast.walk(ast.parse(inspect.getsource(room))):
+                if isinstance(node, ast.Attribute):
+                    base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+                    if base in owners and not node.attr.startswith("_"):
+                        used.add((base, node.attr))
+        assert {base for base, _ in used} == set(owners)
+        assert len(used) > 20
+        missing = sorted((base, name) for base, name in used if not hasattr(owners[base], name))
+        assert missing == []
+        assert set(TORCH_DTYPES) <= set(trt.DataType.__members__)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("batch", [1, 5])

@@ -36,7 +36,7 @@ def test_solving_again_gives_what_calibrating_so_gives() -> None:
     found, wanted = ({q.tensor: q.scale for q in quantizers(g).values()} for g in (gm, other))
     assert all(torch.equal(found[name], wanted[name]) for name in activations)
     assert [row.name for row in report.rows] == activations
-    assert state(gm).provenance["calibration"] == {"batches": 12, "performance_only": False}
+    assert state(gm).provenance["calibration"].items() >= {"batches": 12, "performance_only": False}.items()
 
 
 def test_corrections_of_other_scales_are_dropped_or_measured_again() -> None:
