@@ -80,8 +80,8 @@ def trace(
         dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
             (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
             What the model decides by a size holds for the graph, and a call that violates it is a GuardError.
-        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, whose forward decides by a tensor's
-            values, with a note; ``"raise"`` (default) makes that an error.
+        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, in whose forward tracing stops, with
+            a note; ``"raise"`` (default) makes that an error.
 
     Raises:
         TraceError: Tracing stopped; the message names the user's line and the ways out.
@@ -131,8 +131,8 @@ def prepare(
         dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
             (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
             What the model decides by a size holds for the graph, and a call that violates it is a GuardError.
-        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, whose forward decides by a tensor's
-            values, with a note; ``"raise"`` (default) makes that an error.
+        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, in whose forward tracing stops, with
+            a note; ``"raise"`` (default) makes that an error.
 
     Returns:
         A GraphModule with observers, ready for :func:`calibrate`.
@@ -192,8 +192,8 @@ def prepare_qat(
         dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
             (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
             What the model decides by a size holds for the graph, and a call that violates it is a GuardError.
-        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, whose forward decides by a tensor's
-            values, with a note; ``"raise"`` (default) makes that an error.
+        on_untraceable: ``"leaf"`` keeps the smallest module whole, and float, in whose forward tracing stops, with
+            a note; ``"raise"`` (default) makes that an error.
 
     Returns:
         A GraphModule in training mode. :func:`calibrate`, :func:`convert` and :func:`export` take it.

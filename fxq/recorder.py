@@ -237,6 +237,13 @@ class Recorder(fx.Tracer):
             return torch.Tensor
         return next((plain for symbolic, plain in _NUMBERS if isinstance(value, symbolic)), type(value))
 
+    def key(self, proxy: fx.Proxy) -> int:
+        """The hash by which the model's own code looks it up: that of a number or type, and a tensor's identity."""
+        kind = self.type_of(proxy)
+        if kind in (int, float, bool):
+            return hash(self.decide(proxy, kind, "a tensor's value is used as a key"))
+        return id(proxy) if kind is torch.Tensor else hash(self.run.value(proxy.node))
+
     def hint(self, proxy: fx.Proxy) -> Any:
         """The value in the example, for texts."""
         value = self.run.value(proxy.node)

@@ -7,6 +7,7 @@ copy, a package by its place.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import dataclasses
 import enum
@@ -302,6 +303,8 @@ class _Writer:
         """
         path = _qualified(value)
         parts = path.split(".")
+        if getattr(builtins, path, None) is value:
+            return path
         if _resolved(sys.modules[__name__], path.split(".")) is value and parts[0] == "torch":
             return path
         for end in range(len(parts) - 1, 0, -1):

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .errors import TraceError
 from .graph import ALIASES, SEQUENCE, TENSOR, Aliases, Storage, TensorInfo, error_at
 
-__all__ = ["propagate_shapes"]
+__all__ = ["propagate_shapes", "thawed"]
 
 
 class _Interpreter(fx.Interpreter):
@@ -36,6 +36,10 @@ class _Interpreter(fx.Interpreter):
         self.stored: dict[int, torch.Tensor] = {}
         self.alive: list[Any] = []  # keeps storages alive, so that their addresses stay unique
         self.running: fx.Node | None = None
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return thawed(args), thawed(kwargs)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         found = super().get_attr(target, args, kwargs)
@@ -59,6 +63,15 @@ class _Interpreter(fx.Interpreter):
             frozenset(_storage(t).address for t in written),
         )
         return result
+
+
+def thawed(value: Any) -> Any:
+    """A node's arguments with lists and dicts that may be changed, as the graph's code passes them."""
+    if isinstance(value, list):
+        return [thawed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: thawed(item) for key, item in value.items()}
+    return tuple(thawed(item) for item in value) if type(value) is tuple else value
 
 
 def _note(node: fx.Node, result: Any) -> None:

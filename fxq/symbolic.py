@@ -30,8 +30,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from .errors import TraceError
-from .graph import attribute
+from .graph import attribute, origin
 from .guards import Guard
+from .shapes import thawed
 
 __all__ = ["Example", "SymbolicRun", "ValueDependentError", "depends_on_sizes"]
 
@@ -95,8 +96,11 @@ class SymbolicRun:
         if node not in self._values:
             with self._running():
                 for each in self._pending(node):
-                    with self._env.suppress_guards():
-                        self._values[each] = self._run(each)
+                    if _loses_dimensions(each):
+                        self._run_observed(each)
+                    else:
+                        with self._env.suppress_guards():
+                            self._values[each] = self._run(each)
         return self._values[node]
 
     def decide(self, node: fx.Node, convert: Callable[[Any], Any], where: Guard) -> Any:
@@ -199,7 +203,15 @@ class SymbolicRun:
             self._opaque.add(node)
         return result
 
+    def _run_observed(self, node: fx.Node) -> None:
+        """Run a node of which the model may ask the rank, and keep what decided that."""
+        before, at = len(self._env.guards), origin(node)
+        self._values[node] = self._run(node)
+        for guard in self._env.guards[before:]:
+            self._keep(guard.expr, Guard("", (), at.source, at.code, at.module_path))
+
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        args, kwargs = thawed(args), thawed(kwargs)
         if node.op == "call_module":
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -254,6 +266,12 @@ class SymbolicRun:
                 text = f"{name}.shape[{dim}] == {size}"
                 if not depends_on_sizes(size) and text not in self.guards:
                     self.guards[text] = Guard(text, (name,), where.source, where.code, where.module_path)
+
+
+def _loses_dimensions(node: fx.Node) -> bool:
+    """Whether the rank of what `node` gives depends on sizes: a squeeze of whatever is one."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return name == "squeeze" and len(node.args) + len(node.kwargs) == 1
 
 
 def depends_on_sizes(value: Any) -> bool:

@@ -32,6 +32,7 @@ from .recorder import Recorder, user_frame
 from .shapes import propagate_shapes
 from .symbolic import Example, SymbolicRun, ValueDependentError
 from .target import Target
+from .traced_module import TracedModule, free_names
 
 __all__ = ["DynamicShapes", "trace_model", "weighted_leaves"]
 
@@ -63,8 +64,8 @@ def trace_model(  # noqa: PLR0913 - what the user's door takes
         dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
             (default), ``"batch"`` (the first of every input), None, or ``{input: {dimension: …}}`` as
             :func:`fxq.export` takes it. The others are read as plain numbers, and a guard holds them.
-        on_untraceable: ``"raise"`` (default), or ``"leaf"``: keep the smallest module whole whose forward
-            decides by a tensor's values, with a note.
+        on_untraceable: ``"raise"`` (default), or ``"leaf"``: keep the smallest module whole in whose forward
+            tracing stops, with a note.
 
     Returns:
         A GraphModule with origins, shapes, dtypes and state.
@@ -85,7 +86,8 @@ def trace_model(  # noqa: PLR0913 - what the user's door takes
         graph, run = tracing.with_leaves(leaf_modules, keep=on_untraceable == "leaf")
         if run.guards:
             _guard(graph, run)
-        gm = fx.GraphModule(root, graph, type(model).__name__)
+        free_names(root, graph)
+        gm = TracedModule(root, graph, type(model).__name__)
         gm.eval()
         propagate_shapes(gm, tracing.tensors)
     in_args, in_kwargs = kept_arguments(root, args, kwargs, inputs)
@@ -131,7 +133,7 @@ class _Tracing:
                 return self._lifted([*leaf_modules, *self.kept])
             except TraceError as error:
                 path = error.module_path
-                if not keep or not path or path in self.kept or not isinstance(error.__cause__, ValueDependentError):
+                if not keep or not path or path in self.kept:
                     raise
                 self.kept[path] = error
 
@@ -158,10 +160,10 @@ class _Tracing:
     def notes(self, gm: fx.GraphModule) -> Iterator[Note]:
         """A note for each module that was kept whole because it cannot be traced."""
         for node in gm.graph.nodes:
-            error = self.kept.get(str(node.target)) if node.op == "call_module" else None
+            error = self.kept.get(origin(node).module_path) if node.op == "call_module" else None
             if error is not None:
                 text = f"{type(attribute(gm, str(node.target))).__name__} is kept whole and float: {error.message}"
-                yield Note(node.name, "trace", text, str(node.target), error.source, "opaque")
+                yield Note(node.name, "trace", text, origin(node).module_path, error.source, "opaque")
 
 
 def _input_name(path: Sequence[Any]) -> str:

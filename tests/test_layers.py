@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rewriting",
         "shapes",
         "symbolic",
+        "traced_module",
         "tracer",
         "svg",
         "verify",

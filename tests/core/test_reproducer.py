@@ -13,6 +13,7 @@ import pytest
 import torch
 from placing import Lambda, before
 from safetensors.torch import load_file
+from shape_nets import inputs, network
 from torch import fx, nn
 from toys import basic_net, image, lenet, nested_inputs, nested_model, traced
 
@@ -87,6 +88,7 @@ GRAPHS: dict[str, Callable[[], fx.GraphModule]] = {
     "annotated": lambda: before("insert-quantizers", lenet(), image(1, 1, 28, 28)),
     "calibrated": calibrated,
     "converted": lambda: fxq.convert(calibrated()),
+    "guarded": lambda: traced(network("vit"), *inputs("vit", [(2, 3, 32, 32)])),
     "nested inputs": lambda: traced(nested_model(), *nested_inputs()),
 }
 
@@ -116,8 +118,8 @@ def test_the_rebuilt_graph_is_the_one_that_failed(tmp_path: Path, monkeypatch: p
         assert isinstance(rebuilt, fx.GraphModule)
         assert fxq.format_graph(rebuilt) == fxq.format_graph(gm)
         held, had = rebuilt.meta["fxq"], gm.meta["fxq"]
-        assert (held.properties, held.target, held.recipe, held.notes) == (
-            had.properties, had.target, had.recipe, had.notes,
+        assert (held.properties, held.target, held.recipe, held.notes, held.guards) == (
+            had.properties, had.target, had.recipe, had.notes, had.guards,
         )  # fmt: skip
         assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in gm.state_dict().items()}
         assert [n.meta["origin"].source for n in rebuilt.graph.nodes] == [

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shape_nets import NETWORKS, Normalizing, inputs, network
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torchvision_models import torchvision_model
 from toys import image, nested_inputs, nested_model, seeded, traced
 
 import fxq
@@ -81,6 +83,7 @@ PLAIN: dict[str, Callable[[Any, Tensor], Any]] = {
     "dtype": lambda _, x: x * 2 if x.dtype in (torch.float16, torch.float32) else x,
     "is_cuda": lambda _, x: x if x.is_cuda else x * 2,
     "isinstance": lambda _, x: x * 2 if isinstance(x, Tensor) and isinstance(x.size(0), int) else x,
+    "a key": lambda _, x: x * {1: 2, 3: 3}[x.dim()] * {torch.float32: 2}[x.dtype],
     "an iterable": lambda _, x: x * 2 if not isinstance(x.size(1), Iterable) and isinstance(x.shape, tuple) else x,
     "is_tensor": lambda _, x: x * 2 if torch.is_tensor(x) else x,
     "a parameter's shape": lambda m, x: x * 2 if m.table.shape[1] == m.table.size(1) == len(m.table[0]) else x,
@@ -95,10 +98,12 @@ DECISIONS: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
     "range": (lambda _, x: sum(x[:, i] for i in range(x.size(1))), ["x.shape[1] == 5"]),
     "rows": (lambda _, x: torch.stack([row * 2 for row in x]), ["x.shape[0] == 3"]),
     "a list's item": (lambda _, x: x * [1, 2, 3, 4, 5, 6][x.size(1)], ["x.shape[1] == 5"]),
+    "a key": (lambda _, x: x * {5: 2, 6: 3}[x.size(1)], ["x.shape[1] == 5"]),
     "assert": (asserted, ["x.shape[1] < 100"]),
     "two shapes": (lambda m, x: x if x.shape[1:] == m.table.shape[1:] else x * 2, ["x.shape[1] != 10"]),
     "a tuple": (lambda _, x: x if x.shape[1:] == (5, 4) else x * 2, ["x.shape[1] == 5"]),
     "a batch of one": (lambda _, x: x.squeeze(0) if x.shape[0] == 1 else x, ["x.shape[0] != 1"]),
+    "a rank": (lambda _, x: x * 2 if x.squeeze().dim() == 3 else x, ["x.shape[0] != 1", "x.shape[1] != 1"]),
     "parts": (folded, ["((1 + x.shape[1]) // 2) == 3", "(-4) + x.shape[1] >= 0"]),
     "a range and a size": (
         lambda _, x: x.reshape(x.size(0), len(range(x.size(1))), -1),
@@ -290,7 +295,7 @@ class TestDeclared:
 
     def test_numbers_where_the_model_wants_them(self) -> None:
         def ask(_: Any, x: Tensor) -> Tensor:
-            return x.reshape(torch.Size([x.shape[0], x.shape[1] * x.shape[2]]))
+            return x.reshape(torch.Size([x.shape[0], x.shape[1] * x.shape[2]])) * float(x.shape[1] == 5)
 
         model = seeded(lambda: Asks(ask))
         gm = traced(model, image(3, 5, 4), options={"dynamic_shapes": None})
@@ -365,12 +370,52 @@ class TestLeaves:
             fxq.export(gm, tmp_path / "model.onnx")
         assert (e.value.node, e.value.module_path) == ("inner_1", "inner.1")
 
+    def test_what_only_fx_cannot_trace_is_exported(self, tmp_path: Path) -> None:
+        import onnxruntime
+
+        class Tagged(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                x.parts = 2
+                return x.reshape(x.shape[0], -1, x.parts).amax(2)
+
+        model, x = seeded(lambda: nn.Sequential(nn.Linear(8, 8), Tagged(), nn.Linear(4, 4))), image(4, 8)
+        with pytest.raises(TraceError, match="the attribute parts of a tensor is assigned"):
+            fxq.prepare(model, x)
+        prepared = fxq.prepare(model, x, on_untraceable="leaf")
+        fxq.calibrate(prepared, [x], progress=False)
+        converted = fxq.convert(prepared)
+        session = onnxruntime.InferenceSession(fxq.export(converted, tmp_path / "model.onnx"))
+        for batch in (1, 5):
+            y = image(batch, 8)
+            found = torch.tensor(session.run(None, {session.get_inputs()[0].name: y.numpy()})[0])
+            with torch.no_grad():
+                torch.testing.assert_close(found, converted(y), rtol=1e-3, atol=1e-4)
+
     def test_the_model_itself_is_no_leaf(self) -> None:
         model = seeded(lambda: Asks(lambda _, x: x if x.sum() > 0 else -x))
         with pytest.raises(TraceError, match="control flow depends on a tensor's value"):
             fxq.trace(model, image(2, 5, 4), on_untraceable="leaf")
         with pytest.raises(TraceError, match="on_untraceable is 'skip'"):
             fxq.trace(model, image(2, 5, 4), on_untraceable="skip")  # type: ignore[arg-type]
+
+
+RESOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "deeplabv3_mobilenet_v3_large": ((2, 3, 64, 96), {"weights_backbone": None}),
+    "swin3d_t": ((1, 3, 8, 32, 32), {}),
+}
+
+
+@pytest.mark.parametrize("name", RESOLUTIONS)
+def test_torchvision_at_another_batch_and_resolution(name: str) -> None:
+    shape, options = RESOLUTIONS[name]
+    model = torchvision_model(name, **options)
+    gm = traced(model, image(*shape))
+    assert guards(gm) == []
+    x = image(shape[0] + 1, *shape[1:-1], shape[-1] // 2)
+    with torch.no_grad():
+        found, expected = pytree.tree_leaves(gm(x)), pytree.tree_leaves(model(x))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_a_guard_reads_only_shapes() -> None:
