@@ -224,7 +224,9 @@
 
     search(query, step) {
       const wanted = query.trim().toLowerCase();
-      const found = this.data.items.flatMap((item, i) => (wanted && this.elements.has(i) && this.matches(item, wanted) ? [i] : []));
+      const named = (item) => this.data.words[item.title].toLowerCase().includes(wanted);
+      const all = this.data.items.flatMap((item, i) => (wanted && this.elements.has(i) && this.matches(item, wanted) ? [i] : []));
+      const found = [...all.filter((i) => named(this.data.items[i])), ...all.filter((i) => !named(this.data.items[i]))];
       this.world.querySelectorAll(".fxq-found").forEach((e) => e.classList.remove("fxq-found"));
       found.forEach((number) => this.elements.get(number).classList.add("fxq-found"));
       this.hits.textContent = wanted ? `${found.length} found` : "";
@@ -288,7 +290,8 @@
         const box = number !== null && this.elements.get(number).classList.contains("fxq-box");
         if (box && (!this.opened.has(number) || event.target.closest(".fxq-title, .fxq-head"))) this.toggle(number);
       });
-      this.svg.addEventListener("mouseover", (event) => {
+      this.svg.addEventListener("mousemove", (event) => {
+        if (!event.movementX && !event.movementY) return; // the picture moved, not the mouse
         const number = under(event);
         this.show(number === null ? this.selected : number);
       });
