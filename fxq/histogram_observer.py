@@ -167,28 +167,36 @@ class Histogram(Observer):
 
     def _compute(self, method: Method, spec: QSpec) -> tuple[Tensor, Tensor]:
         if method.name == "auto":
-            method = self.best(spec)
+            _, amin, amax = self.best(spec)
+            return amin, amax
         if method.name == "max":
             return super()._compute(method, spec)
+        return self._shaped(*_BY_HISTOGRAM[method.name](self._bins(), method, spec))
+
+    def _shaped(self, amin: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+        """A solver's [C] ranges as the statistics have them."""
         device = self.amin.device
-        amin, amax = _BY_HISTOGRAM[method.name](self._bins(), method, spec)
         return amin.to(device).reshape(self.amin.shape), amax.to(device).reshape(self.amax.shape)
 
-    def best(self, spec: QSpec) -> Method:
-        """The method whose ranges give the least squared quantization error over all that was counted.
+    def best(self, spec: QSpec) -> tuple[Method, Tensor, Tensor]:
+        """The method whose ranges give the least squared quantization error over all that was counted, and the range.
 
         Of methods that so many values cannot tell apart it is the one with the widest ranges: see
         :func:`fxq.thresholds.least_error`.
 
         Args:
             spec: A complete spec, the one the observer was made for.
+
+        Returns:
+            The method, and as :meth:`compute` gives them amin and amax.
         """
         self.flush()
         bins = self._bins()
         methods = [Method(name) for name in ("mse", "entropy", "percentile")]
         ranges = [_BY_HISTOGRAM[m.name](bins, m, spec) for m in methods] + [(bins.amin, bins.amax)]
         low, high = (torch.stack(ends, dim=1) for ends in zip(*ranges, strict=True))
-        return [*methods, Method("max")][thresholds.least_error(bins.without_zeros(), low, high, spec)]
+        index = thresholds.least_error(bins.without_zeros(), low, high, spec)
+        return [*methods, Method("max")][index], *self._shaped(low[:, index], high[:, index])
 
     def _bins(self) -> thresholds.Bins:
         return thresholds.Bins(

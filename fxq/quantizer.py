@@ -177,9 +177,10 @@ class Quantizer(FlexibleState):
             chosen = self._method(method)
             name = chosen.name
             if name == "auto" and isinstance(observer, Histogram) and observer.fed:
-                chosen = observer.best(self.spec)
+                chosen, amin, amax = observer.best(self.spec)
                 name = f"auto ({chosen.name})"
-            amin, amax = observer.compute(chosen, self.spec)
+            else:
+                amin, amax = observer.compute(chosen, self.spec)
             return Solution(*scale_and_zero_point(amin, amax, self.spec), name)
         except CalibrationError as error:
             raise self._named(error) from error
