@@ -287,13 +287,13 @@ def _quantized_behind(node: fx.Node, target: Target) -> str | None:
 
 
 def _nearest_miss(add: fx.Node, target: Target) -> str | None:
-    """The convolution that came nearest to taking the addition along, and what it lacked."""
+    """The weighted operation that came nearest to taking the addition along, and what it lacked."""
     found = [miss for operand in add.args[:2] if (miss := _miss(read_tensor(operand), add, target)) is not None]
     return min(found)[1] if found else None
 
 
 def _miss(node: Any, add: fx.Node, target: Target) -> tuple[int, str] | None:
-    """How many operations lie between `add` and a convolution before it, and what keeps them apart."""
+    """How many operations lie between `add` and a weighted one before it, and what keeps them apart."""
     between: list[fx.Node] = []
     reader = add
     while isinstance(node, fx.Node) and len(between) <= _REACH:
@@ -306,6 +306,10 @@ def _miss(node: Any, add: fx.Node, target: Target) -> tuple[int, str] | None:
             if others:
                 return 0, f"{node.name} would take it along, but {', '.join(others)} also reads its result"
             return None
+        if kind_name(node) in target.ops:
+            return len(
+                between
+            ), f"{node.name} comes before it, but is a {kind_name(node)}, which takes no addition along"
         between.append(node)
         moving = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if len(moving) != 1:

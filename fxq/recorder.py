@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import linecache
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -22,7 +19,8 @@ from .errors import TraceError
 from .forward_code import ForwardCode
 from .graph import ORIGIN, Origin
 from .guards import Guard
-from .proxies import INPLACE_OPERATORS, LIBRARIES, WAYS_OUT, AttributeProxy, StoredProxy, TensorProxy
+from .patches import questions, stored_tensors
+from .proxies import INPLACE_OPERATORS, LIBRARIES, WAYS_OUT, StoredProxy, TensorProxy
 from .symbolic import SymbolicRun, ValueDependentError
 
 __all__ = ["Recorder", "user_frame"]
@@ -39,10 +37,7 @@ _SIZED: Final = (
 )
 """Factories that torch does not let a proxy into by itself."""
 _LIMITS: Final = (torch.finfo, torch.iinfo)
-_PROXIES: Final = (TensorProxy, AttributeProxy, StoredProxy)
 _RECORDING: Final = (LIBRARIES[1], f"{LIBRARIES[0]}fx/")
-_ON_STORED: Final = ("__getitem__", "expand", "narrow", "repeat", "reshape", "tile", "unflatten", "view")
-"""Methods of tensors that take sizes and that torch does not let a proxy into."""
 
 
 class Recorder(fx.Tracer):
@@ -88,52 +83,6 @@ class Recorder(fx.Tracer):
             if node.target in (*_SIZED, *_LIMITS):  # fx would ask to wrap them again wherever the code runs
                 node.meta.pop("is_wrapped", None)
         return graph
-
-    @contextmanager
-    def _stored_tensors(self) -> Iterator[None]:
-        """Record calls on stored tensors where an argument is traced: ``self.table[:, :n]``."""
-        patched = {name: vars(torch.Tensor).get(name) for name in _ON_STORED}
-        for name in _ON_STORED:
-            setattr(torch.Tensor, name, self._recorded(name, getattr(torch.Tensor, name)))
-        try:
-            yield
-        finally:
-            for name, own in patched.items():
-                if own is None:
-                    delattr(torch.Tensor, name)  # what torch.Tensor inherits is there again
-                else:
-                    setattr(torch.Tensor, name, own)
-
-    @contextmanager
-    def _questions(self) -> Iterator[None]:
-        """Let ``isinstance`` in a model's code take a proxy for what it stands for.
-
-        A ``__class__`` of the proxy would do that too, and would make torch's own C++ take it for a tensor.
-        """
-        plain = builtins.isinstance
-
-        def ask(value: Any, kinds: Any) -> bool:
-            if type(value) in _PROXIES:
-                code = sys._getframe(1).f_code
-                if not code.co_filename.startswith(LIBRARIES) or code.co_name == "is_tensor":
-                    return issubclass(self.type_of(value), kinds)
-            return plain(value, kinds)
-
-        builtins.isinstance = ask
-        try:
-            yield
-        finally:
-            builtins.isinstance = plain
-
-    def _recorded(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not _holds_proxy((*args, *kwargs.values())):
-                return plain(tensor, *args, **kwargs)
-            if name == "__getitem__":
-                return self.create_proxy("call_function", operator.getitem, (tensor, *args), {})
-            return self.create_proxy("call_method", name, (tensor, *args), kwargs)
-
-        return call
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         found = super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -291,7 +240,7 @@ class Recorder(fx.Tracer):
         call = type(self.root)._call_impl if hooked else root_fn
 
         def forward() -> Any:
-            with self._stored_tensors(), self._questions():
+            with stored_tensors(self), questions(self):
                 return call(self.root, *positional, **keywords)
 
         return forward, []
@@ -332,15 +281,6 @@ class Recorder(fx.Tracer):
 
 
 _NUMBERS: Final[tuple[tuple[Any, Any], ...]] = ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool))
-
-
-def _holds_proxy(index: Any) -> bool:
-    """Whether an index, or a part of it, is traced."""
-    if type(index) in (tuple, list):
-        return any(map(_holds_proxy, index))
-    if type(index) is slice:
-        return any(isinstance(part, fx.Proxy) for part in (index.start, index.stop, index.step))
-    return isinstance(index, fx.Proxy)
 
 
 def _number(value: Any) -> Any:

@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "forward_code",
         "match",
         "passbase",
+        "patches",
         "proxies",
         "recorder",
         "rewriting",

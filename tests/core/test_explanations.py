@@ -86,6 +86,11 @@ def test_the_nearest_miss_of_an_addition() -> None:
     def far(_: Any, x: torch.Tensor) -> torch.Tensor:
         return F.relu(x) + x
 
+    def transformer(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(m.linear(x)) + x
+
+    linear = edge(explained(transformer, linear=nn.Linear(8, 8)), "add", "x")
+    assert linear.nearest_miss == "linear comes before it, but is a linear, which takes no addition along"
     between = edge(explained(blocked, conv=conv()), "add", "x")
     assert (between.quantized, between.rule) == (False, "R23")
     assert between.nearest_miss == "conv would take it along, but gelu (gelu) stands between them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import math
 from collections.abc import Callable, Iterable
@@ -416,6 +417,21 @@ def test_torchvision_at_another_batch_and_resolution(name: str) -> None:
         found, expected = pytree.tree_leaves(gm(x)), pytree.tree_leaves(model(x))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_nothing_stays_patched(*, stops: bool) -> None:
+    def global_state() -> Any:
+        return builtins.isinstance, nn.Module.__call__, nn.Module.__getattr__, dict(vars(torch.Tensor)), torch.zeros
+
+    plain = global_state()
+    model = seeded(lambda: Asks(lambda _, x: x if stops and x.sum() > 0 else x * len(x)))
+    if stops:
+        with pytest.raises(TraceError):
+            traced(model, image(2, 5, 4))
+    else:
+        traced(model, image(2, 5, 4))
+    assert global_state() == plain
 
 
 def test_a_guard_reads_only_shapes() -> None:
