@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.request import urlopen
 
 import pytest
@@ -46,7 +46,7 @@ pytestmark = [
 ]
 
 
-def unavailable(reason: str) -> None:
+def unavailable(reason: str) -> NoReturn:
     if os.environ.get("FXQ_REQUIRE_BROWSER"):
         pytest.fail(f"FXQ_REQUIRE_BROWSER is set: {reason}")
     pytest.skip(reason)
@@ -59,7 +59,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver = shutil.which("chromedriver")
     if chromium is None or driver is None:
         unavailable("no Chromium with chromedriver here: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
+    try:
+        from selenium import webdriver
+    except ImportError:
+        unavailable("selenium is not installed; `make env` installs it")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in (*QUIET, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
