@@ -1,7 +1,8 @@
 """The quantizer of a graph that trains: a Quantizer that fake-quantizes, and whose scale may move while it does.
 
 It stands where a prepared graph has its Quantizer, under the same name and with the same keys, is calibrated by the
-same call and converted by the same pass. What moves its scale is a :class:`ScalePolicy`.
+same call and converted by the same pass. What moves its scale is a
+:class:`fxq.scale_policy.ScalePolicy`.
 """
 
 from __future__ import annotations
@@ -11,63 +12,21 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import qdq, straight_through
 from .batch_norm import TrainedBatchNorm
+from .batch_ranges import lsq_scale, pull, value_range
 from .errors import RecipeError
 from .folding import Fold
 from .qparams import scale_and_zero_point, unchecked_scale_and_zero_point
 from .quantizer import Mode, Quantizer
 from .straight_through import SMALLEST_SCALE, ScaleGradient
+from .weight_batch import WeightBatch
 
-__all__ = ["POLICIES", "FakeQuantizer", "FoldedInto", "ScalePolicy"]
+__all__ = ["FakeQuantizer", "FoldedInto"]
 
-ACTIVATIONS: Final = ("fixed", "moving-average", "learned", "pact")
-WEIGHTS: Final = ("fixed", "max", "learned")
 _GRADIENTS: Final = {"learned": ScaleGradient.LSQ, "pact": ScaleGradient.PACT}
-
-
-@dataclass(frozen=True)
-class ScalePolicy:
-    """What moves the scales of a graph that trains.
-
-    Attributes:
-        activations: One of :data:`ACTIVATIONS`. ``fixed``: as calibrated (NVIDIA's recipe). ``moving-average``: each
-            batch's range pulls the scale's range (Jacob et al., 2018). ``learned``: LSQ (Esser et al., 2020), the
-            gradient scaled by ``1 / sqrt(N * qmax)``; without calibration it starts at ``2 mean|x| / sqrt(qmax)``.
-            ``pact``: ReLU outputs learn their upper end (Choi et al., 2018), other tensors go by moving average.
-        weights: One of :data:`WEIGHTS`. ``max``: the largest magnitude of each step's weight. ``fixed`` and
-            ``learned`` as for activations.
-        momentum: The newest batch's share of a moving average, in (0, 1].
-
-    Raises:
-        RecipeError: There is no such value.
-    """
-
-    activations: str = "fixed"
-    weights: str = "fixed"
-    momentum: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name, known in (("activations", ACTIVATIONS), ("weights", WEIGHTS)):
-            if getattr(self, name) not in known:
-                raise RecipeError(
-                    f"no scale policy {getattr(self, name)!r} for {name}",
-                    hint=f"use one of {', '.join(known)}",
-                )
-        if not 0 < self.momentum <= 1:
-            raise RecipeError(f"momentum {self.momentum} is not in (0, 1]")
-
-
-POLICIES: Final = {
-    "fixed": ScalePolicy("fixed", "fixed"),
-    "moving-average": ScalePolicy("moving-average", "max"),
-    "learned": ScalePolicy("learned", "learned"),
-    "pact": ScalePolicy("pact", "max"),
-}
-"""Policies by the name that stands for them."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +46,7 @@ class FoldedInto:
     def fold(self) -> Fold:
         """What folds the BatchNorm in as it is now."""
         norm = self.norm
-        return Fold(norm.running_var, norm.weight, norm.eps, self.groups, self.transposed)
+        return Fold(norm.running_var, norm.weight, norm.eps, self.groups, self.transposed, norm.num_batches_tracked)
 
 
 class FakeQuantizer(Quantizer):
@@ -98,20 +57,21 @@ class FakeQuantizer(Quantizer):
 
     Args:
         source: The quantizer whose place it takes.
-        policy: What moves the scale; one of :data:`ACTIVATIONS` or :data:`WEIGHTS`.
+        policy: What moves the scale; one of :data:`fxq.scale_policy.ACTIVATIONS` or ``WEIGHTS``.
         shape: The tensor's shape, as the example inputs gave it.
         momentum: The newest batch's share of a moving average.
 
     Attributes:
         policy: As given.
         momentum: As given.
-        observing: Whether a ``moving-average`` or ``max`` scale moves in training.
         scale: float32, [] or [channels]; a Parameter if learned. NaN while unknown.
         zero_point: int32, likewise.
 
     Raises:
         RecipeError: The policy learns, and the spec is asymmetric or its type floating.
     """
+
+    _batch: WeightBatch | None = None
 
     def __init__(self, source: Quantizer, policy: str, shape: Sequence[int], *, momentum: float = 0.01) -> None:
         super().__init__(source.spec, tensor=source.tensor, axis=source.axis, tie=source.tie, weight=source.weight)
@@ -146,7 +106,30 @@ class FakeQuantizer(Quantizer):
     @mode.setter
     def mode(self, value: Mode) -> None:
         self._mode = value
+        self._leave_batch()
         self._find_steady()
+
+    @property
+    def observing(self) -> bool:
+        """Whether a ``moving-average`` or ``max`` scale moves in training."""
+        return self._observing
+
+    @observing.setter
+    def observing(self, value: bool) -> None:
+        self._observing = value
+        self._leave_batch()
+
+    def join(self, batch: WeightBatch) -> None:
+        """Quantize together with the other weights of the batch where the device has a kernel for that."""
+        self._batch = batch
+
+    def _leave_batch(self) -> None:
+        if self._batch is not None:
+            self._batch.forget(id(self))
+
+    @property
+    def _place(self) -> tuple[WeightBatch, int] | None:
+        return None if self._batch is None else (self._batch, id(self))
 
     def _find_steady(self) -> None:
         """Keep in mind whether training does nothing but quantize over a scale that is known and does not move."""
@@ -232,22 +215,22 @@ class FakeQuantizer(Quantizer):
             return self._forward_steady(x, self._folded)
         if self._folded is not None:
             return self._forward_folded(x, self._folded)
-        self._follow(x)
+        moved = self._follow(x)
         if self.mode is Mode.QUANTIZE:
-            return self._fake_quantize(x)
+            return self._fake_quantize(x, moved)
         if self.mode is Mode.OBSERVE and self.observer is not None:
             self.observer.collect(x)
         return x
 
     def _forward_steady(self, x: Tensor, folded: FoldedInto | None) -> Tensor:
         """A fixed scale in training, which wants no more of Python, and of torch.compile's guards, than it needs."""
-        if folded is not None:
-            if not folded.norm.batch_statistics:
-                return self._forward_folded(x, folded)
-            return straight_through.fake_quantize_weight(x, self.scale, self._dtype, self.axis, fold=folded.fold())
-        if self.axis is None:
+        if self.axis is None and not self.weight:
             return straight_through.fake_quantize(x, self.scale, self.zero_point, self._dtype)
-        return straight_through.fake_quantize_weight(x, self.scale, self._dtype, self.axis)
+        if folded is not None and not folded.norm.batch_statistics:
+            return self._forward_folded(x, folded)
+        fold = None if folded is None else folded.fold()
+        place = self._place if x.is_cuda else None
+        return straight_through.fake_quantize_weight(x, self.scale, self._dtype, self.axis, fold=fold, batch=place)
 
     def _forward_folded(self, weight: Tensor, folded: FoldedInto) -> Tensor:
         fold = folded.fold()
@@ -274,6 +257,7 @@ class FakeQuantizer(Quantizer):
             self.axis,
             fold=fold,
             refresh=refresh,
+            batch=self._place,
             **self._learning(weight),
         )
 
@@ -285,14 +269,15 @@ class FakeQuantizer(Quantizer):
         self._known = self._known or done
         return done
 
-    def _fake_quantize(self, x: Tensor) -> Tensor:
+    def _fake_quantize(self, x: Tensor, moved: Tensor | None = None) -> Tensor:
         self._require_solved()
         if not self.training or not self._fast:
             return self._exact(x)
-        scale, how = self._training_scale, self._learning(x)
+        scale, how = self._training_scale if moved is None else moved, self._learning(x)
         if self.axis is None:
             return straight_through.fake_quantize(x, scale, self.zero_point, self._dtype, **how)
-        return straight_through.fake_quantize_weight(x, scale, self._dtype, self.axis, **how)
+        place = self._place if self.policy != "max" else None  # its scale is a step's own copy
+        return straight_through.fake_quantize_weight(x, scale, self._dtype, self.axis, batch=place, **how)
 
     def _exact(self, x: Tensor) -> Tensor:
         scale = self.effective_scale.detach()
@@ -306,7 +291,9 @@ class FakeQuantizer(Quantizer):
     @property
     def _training_scale(self) -> Tensor:
         """The scale as a step's backward may keep it: not the tensor that the next forward changes in place."""
-        return straight_through.keep(self.scale) if self.policy in ("moving-average", "max") else self.scale
+        if self.policy not in ("moving-average", "max") or torch.compiler.is_compiling():
+            return self.scale
+        return self.scale.clone()
 
     def _learning(self, x: Tensor) -> dict[str, Any]:
         """The scale's gradient, and what it is multiplied by.
@@ -324,30 +311,25 @@ class FakeQuantizer(Quantizer):
         return {"gradient": gradient, "gradient_scale": (elements * qmax) ** -0.5}
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        """Let a step's tensor move the scale, as the policy says; in eval mode only ``max`` does."""
+    def _follow(self, x: Tensor) -> Tensor | None:
+        """Let a step's tensor move the scale, as the policy says; in eval mode only ``max`` does.
+
+        Returns:
+            A copy of a scale that moved, where there is one already.
+        """
         if self.policy == "fixed":
-            return
+            return None
         if self.policy == "max" and self.observing:
             self._refresh(x)
         elif self.policy == "moving-average" and self.observing and self.training:
-            self._average(x)
+            return self._average(x)
         elif self.learns and self.training and not self._known:
             self._begin(x)
-
-    def _dims(self, x: Tensor) -> list[int]:
-        return [d for d in range(x.dim()) if self.axis is None or d != self.axis % x.dim()]
+        return None
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value, float32, [] or [channels]; over all processes for an activation."""
-        if self.axis is None:
-            low, high = x.detach().aminmax()
-        else:
-            low, high = x.detach().amin(self._dims(x)), x.detach().amax(self._dims(x))
-        if not self.weight and _distributed():
-            both = torch.stack([-low, high]).float()
-            dist.all_reduce(both, dist.ReduceOp.MAX)
-            low, high = -both[0], both[1]
+        low, high = value_range(x, self.axis, everywhere=not self.weight)
         return low.float(), high.float()
 
     def _set(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -364,40 +346,37 @@ class FakeQuantizer(Quantizer):
         """Take the range from the tensor itself."""
         self._set(*unchecked_scale_and_zero_point(*self._range(x), self.spec))
 
-    def _average(self, x: Tensor) -> None:
+    def _average(self, x: Tensor) -> Tensor | None:
         """Pull the running range, which the observer keeps, towards the batch's; members of a tie take the widest."""
         if x.numel() == 0:
-            return
-        low, high = self._range(x)
+            return None
+        low, high = value_range(x, self.axis, everywhere=True)
         observer = self.observer
         assert observer is not None
         if observer.amin.shape != low.shape:
-            observer.amin, observer.amax = torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf)
+            observer.amin = torch.full_like(low, torch.inf, dtype=torch.float32)
+            observer.amax = torch.full_like(high, -torch.inf, dtype=torch.float32)
         average = straight_through.averages(x)
         if average is not None and self._fast and self.axis is None and len(self._members) == 1:
-            average(low, high, observer.amin, observer.amax, self.scale, self.momentum, self._dtype.qmax)
+            held = observer.amin, observer.amax, self.scale
+            moved: Tensor = average(low, high, *held, self.momentum, self._dtype.qmax)
             self._known = True
-            return
-        for held, new in ((observer.amin, low), (observer.amax, high)):
-            held.copy_(torch.where(held.isfinite(), torch.lerp(held, new, self.momentum), new))
+            return moved
+        pull(observer.amin, low.float(), self.momentum)
+        pull(observer.amax, high.float(), self.momentum)
         ranges = [m.observer for m in self._members if m.observer is not None and m.observer.amin.shape == low.shape]
         low = torch.stack([r.amin for r in ranges]).amin(0)
         high = torch.stack([r.amax for r in ranges]).amax(0)
         self._set(*unchecked_scale_and_zero_point(low, high, self.spec))
+        return None
 
     def _begin(self, x: Tensor) -> None:
-        """LSQ's initialisation, 2 mean|x| / sqrt(qmax); PACT begins at the range of the first batch."""
+        """LSQ's initialisation; PACT begins at the range of the first batch."""
         if self.policy == "pact":
-            return self._refresh(x)
-        if x.numel() == 0:
-            return None
-        mean = x.detach().float().abs().mean(self._dims(x))
-        if not self.weight and _distributed():
-            dist.all_reduce(mean)
-            mean = mean / dist.get_world_size()
-        scale = 2 * mean / self.spec.qdtype.qmax**0.5
-        self._set(torch.where(scale > 0, scale, 1.0), torch.zeros_like(self.zero_point))
-        return None
+            self._refresh(x)
+        elif x.numel():
+            scale = lsq_scale(x, self.axis, self.spec.qdtype.qmax, everywhere=not self.weight)
+            self._set(scale, torch.zeros_like(self.zero_point))
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take over a scale and a zero point; quantizers that share the scale have them too.
@@ -451,7 +430,3 @@ class FakeQuantizer(Quantizer):
     def extra_repr(self) -> str:
         """Tensor, spec, mode and policy, for printed modules."""
         return f"{super().extra_repr()}, {self.policy}"
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -19,7 +19,6 @@ from .bias_correction import CORRECTIONS, Sampler, correct_biases
 from .calibration_report import CalibrationReport
 from .errors import CalibrationError, ConvertError, ExportError, RecipeError, TraceError
 from .explanations import Explanation, build_explanation
-from .fake_quantizers import POLICIES, ScalePolicy
 from .graph import error_at, origin, state, tensor_info, update_state
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
@@ -29,6 +28,7 @@ from .quantizer import quantizers, submodule_name
 from .ranks import TIMEOUT, joined, on_first
 from .recipe import Match, Method, Recipe, Rule
 from .reports import Report, build_report, warnings_of
+from .scale_policy import POLICIES, ScalePolicy
 from .target import Target
 from .tracer import DynamicShapes, trace_model
 

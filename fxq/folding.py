@@ -63,6 +63,7 @@ class Fold(NamedTuple):
         eps: BatchNorm's epsilon.
         groups: The layer's groups.
         transposed: Whether the layer is a transposed convolution.
+        tracked: What the BatchNorm counts its batches with; None where it does not.
     """
 
     var: Tensor
@@ -70,6 +71,7 @@ class Fold(NamedTuple):
     eps: float
     groups: int = 1
     transposed: bool = False
+    tracked: Tensor | None = None
 
     def weight(self, weight: Tensor) -> Tensor:
         """The folded weight; differentiable."""

@@ -18,10 +18,11 @@ from torch import fx, nn
 
 from .batch_norm import TrainedBatchNorm, batch_norms
 from .errors import CalibrationError, RecipeError
-from .fake_quantizers import POLICIES, FakeQuantizer, ScalePolicy
+from .fake_quantizers import FakeQuantizer
 from .graph import origin
 from .optional import require
 from .quantizer import Mode, quantized_nodes, quantizers
+from .scale_policy import POLICIES, ScalePolicy
 
 __all__ = [
     "POLICIES",

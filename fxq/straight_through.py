@@ -13,7 +13,6 @@ than tensors that autograd holds anyway.
 
 from __future__ import annotations
 
-import enum
 import functools
 import importlib.util
 from typing import Any, Final
@@ -21,8 +20,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from . import compiled_quantization, plain_quantization
 from .folding import Fold
+from .plain_quantization import ScaleGradient
 from .recipe import QDType
+from .weight_batch import Made, WeightBatch, WeightRequest
 
 __all__ = [
     "SMALLEST_SCALE",
@@ -30,49 +32,11 @@ __all__ = [
     "averages",
     "fake_quantize",
     "fake_quantize_weight",
-    "keep",
     "refreshes",
 ]
 
 SMALLEST_SCALE: Final = 2.0**-100
 """What a learned scale counts as where an optimizer drove it below; its gradient is as if it were not."""
-_PIECE: Final = 1 << 17
-"""Elements of a piece: 512 KiB of float32, so that input and output fit a core's second-level cache."""
-
-
-_BELOW: Final = 1 + 2.0**-23
-"""Half to even rounds qmin - 0.5 (qmin is even or 0) into the range, and qmax + 0.5 (qmax is odd) out of it: the lower
-bound lies one float32 lower."""
-
-
-torch.library.define("fxq::keep", "(Tensor x) -> Tensor")
-torch.library.impl("fxq::keep", "CompositeExplicitAutograd", torch.clone)
-
-
-def keep(x: Tensor) -> Tensor:
-    """A copy of x, which needs no gradient, as backward is to see it.
-
-    Under torch.compile, backward may compute again what forward computed, and then finds running statistics and scales
-    that the same forward has changed in place. It never computes a custom operator again.
-    """
-    if not torch.compiler.is_compiling():
-        return x.clone()
-    result: Tensor = torch.ops.fxq.keep(x)
-    return result
-
-
-class ScaleGradient(enum.Enum):
-    """What the scale of a fake quantizer learns from.
-
-    Attributes:
-        NONE: Nothing: it is set from outside.
-        LSQ: The quantization error inside the range and the range's end outside it (Esser et al., 2020, equation 3).
-        PACT: The range's end outside it alone (Choi et al., 2018, equation 4, in terms of the scale).
-    """
-
-    NONE = "none"
-    LSQ = "lsq"
-    PACT = "pact"
 
 
 def fake_quantize(
@@ -98,7 +62,7 @@ def fake_quantize(
         ``clamp(round(x / scale), qmin, qmax) * scale`` in x's shape and dtype.
     """
     if torch.compiler.is_compiling():
-        return _traced(x, scale, dtype, gradient, gradient_scale)
+        return _traced(x, scale, None, dtype, gradient, gradient_scale)
     if gradient is ScaleGradient.NONE:
         scale = scale.detach()
         if x.is_cuda:  # PyTorch's own kernel and gradient; it multiplies by the reciprocal of the scale
@@ -109,7 +73,7 @@ def fake_quantize(
     return result
 
 
-def fake_quantize_weight(
+def fake_quantize_weight(  # noqa: PLR0913 - what a weight may be quantized with
     weight: Tensor,
     scale: Tensor,
     dtype: QDType,
@@ -119,6 +83,7 @@ def fake_quantize_weight(
     refresh: bool = False,
     gradient: ScaleGradient = ScaleGradient.NONE,
     gradient_scale: float = 1.0,
+    batch: tuple[WeightBatch, int] | None = None,
 ) -> Tensor:
     """Quantize and dequantize a weight, over its values or over those that a BatchNorm behind it gives it.
 
@@ -136,21 +101,23 @@ def fake_quantize_weight(
         refresh: Whether the scale is set to the range of the weight first; only where :func:`refreshes` says so.
         gradient: What the scale's gradient is.
         gradient_scale: What the scale's gradient is multiplied by.
+        batch: The weights that it may be quantized together with, and what tells it apart among them.
     """
     if gradient is ScaleGradient.NONE and scale.requires_grad:
         scale = scale.detach()
     if torch.compiler.is_compiling():
-        spread = _spread(scale, weight, axis)
-        if fold is None:
-            return _traced(weight, spread, dtype, gradient, gradient_scale)
-        factor = keep(fold.factor(weight))
-        held = _traced(weight * factor, spread, dtype, gradient, gradient_scale)
-        return torch.where(factor == 0, weight, held / torch.where(factor == 0, 1.0, factor))
-    if gradient is ScaleGradient.NONE and weight.is_cuda and _by_rows(weight, axis, fold):
-        kernels = _kernels()
-        if kernels is not None:
-            made: Tensor = kernels.masked_weight(weight, scale, fold, dtype, refresh=refresh)
-            return made
+        factor = None if fold is None else fold.factor(weight)
+        return _traced(weight, _spread(scale, weight, axis), factor, dtype, gradient, gradient_scale)
+    by_rows = weight.is_cuda and _by_rows(weight, axis, fold)
+    if by_rows and batch is not None and _may_wait(weight, scale) and _kernels() is not None:
+        mode = "max" if refresh else "fixed" if gradient is ScaleGradient.NONE else "learned"
+        request = WeightRequest(weight, scale, fold, dtype.qmin, dtype.qmax, mode)
+        made = batch[0].take(batch[1], request, _weight_table)
+        if made is not None:
+            return _batched(weight, scale, made, dtype, gradient, gradient_scale)
+    if gradient is ScaleGradient.NONE and by_rows and (kernels := _kernels()) is not None:
+        alone: Tensor = kernels.masked_weight(weight, scale, fold, dtype, refresh=refresh)
+        return alone
     result: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
         weight, scale, axis, fold, dtype, gradient, gradient_scale
     )
@@ -181,21 +148,21 @@ def _spread(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return scale.view(shape)
 
 
-def _traced(x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float) -> Tensor:
-    """Fake quantization in operations whose own gradients are the wanted ones, over any scale that broadcasts."""
-    held = scale.detach()
-    if gradient is not ScaleGradient.NONE:
-        held = scale * gradient_scale + (scale.clamp(min=SMALLEST_SCALE) - scale * gradient_scale).detach()
-    inner = held.detach() if gradient is ScaleGradient.PACT else held
-    # Kept within one step of the range, infinities do not meet in a difference.
-    steps = (x.float() / inner).clamp(dtype.qmin - 1, dtype.qmax + 1)
-    steps = steps + (steps.round() - steps).detach()
-    real = steps.clamp(dtype.qmin, dtype.qmax) * inner
-    if gradient is ScaleGradient.PACT:
-        real = torch.where(
-            steps > dtype.qmax, dtype.qmax * held, torch.where(steps < dtype.qmin, dtype.qmin * held, real)
-        )
-    return real.to(x.dtype)
+def _traced(
+    x: Tensor,
+    scale: Tensor,
+    factor: Tensor | None,
+    dtype: QDType,
+    gradient: ScaleGradient,
+    gradient_scale: float,
+) -> Tensor:
+    """Fake quantization for the compiler, over any scale that broadcasts."""
+    if gradient is ScaleGradient.NONE:
+        return compiled_quantization.fixed(x, scale.detach(), factor, dtype.qmin, dtype.qmax)
+    return compiled_quantization.learned(
+        x, scale, SMALLEST_SCALE, factor, dtype.qmin, dtype.qmax,
+        errors=gradient is ScaleGradient.LSQ, gradient_scale=gradient_scale,
+    )  # fmt: skip
 
 
 class _PerTensor(torch.autograd.Function):
@@ -205,113 +172,28 @@ class _PerTensor(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient, gradient_scale: float
     ) -> Tensor:
-        if gradient is not ScaleGradient.NONE:
-            scale = scale.clamp(min=SMALLEST_SCALE)
-        if x.is_cuda and (kernels := _kernels()) is not None:
-            y: Tensor = kernels.forward(x, scale, dtype.qmin, dtype.qmax)
-        elif x.is_cpu:
-            y = _pieces_forward(x, scale, dtype)
-        else:
-            y = _quantized(x, scale, dtype).mul_(scale).to(x.dtype)
+        least = 0.0 if gradient is ScaleGradient.NONE else SMALLEST_SCALE
         ctx.save_for_backward(x, scale)
-        ctx.how = dtype, gradient, gradient_scale
-        return y
+        ctx.how = dtype, gradient, gradient_scale, least
+        if x.is_cuda and (kernels := _kernels()) is not None:
+            y: Tensor = kernels.forward(x, scale, dtype.qmin, dtype.qmax, least)
+            return y
+        return plain_quantization.forward(x, scale.clamp(min=least) if least else scale, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, scale = ctx.saved_tensors
-        dtype, gradient, gradient_scale = ctx.how
+        dtype, gradient, gradient_scale, least = ctx.how
         if not ctx.needs_input_grad[1]:
             gradient = ScaleGradient.NONE
         if x.is_cuda and (kernels := _kernels()) is not None:
-            to_x, to_scale = kernels.backward(grad, x, scale, dtype.qmin, dtype.qmax, gradient.value)
-        elif x.is_cpu:
-            to_x, to_scale = _pieces_backward(grad, x, scale, dtype, gradient)
+            how = gradient.value, gradient_scale
+            to_x, to_scale = kernels.backward(grad, x, scale, dtype.qmin, dtype.qmax, least, *how)
         else:
-            to_x, to_scale = _plain_backward(grad, x, scale, dtype, gradient)
-        return (
-            to_x,
-            None if to_scale is None else (to_scale * gradient_scale).reshape(scale.shape),
-            None,
-            None,
-            None,
-        )
-
-
-def _quantized(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
-    """The integers in a fresh float tensor."""
-    steps = x.float() / scale
-    return steps.round_().clamp_(dtype.qmin, dtype.qmax)
-
-
-def _dense(x: Tensor) -> Tensor | None:
-    """x's elements in memory order, as a view; None where they have gaps."""
-    if x.is_contiguous():
-        return x.view(-1)
-    strides = x.stride()
-    arranged = x.permute(sorted(range(x.dim()), key=lambda d: -strides[d]))
-    return arranged.view(-1) if arranged.is_contiguous() else None
-
-
-def _flat(x: Tensor) -> Tensor:
-    """As :func:`_dense`, of a tensor that is known to be dense."""
-    found = _dense(x)
-    return x.reshape(-1) if found is None else found
-
-
-def _pieces_forward(x: Tensor, scale: Tensor, dtype: QDType) -> Tensor:
-    """Forward on a CPU, piece by piece; a fresh tensor of x's strides."""
-    source = _dense(x)
-    if source is None or x.dtype is not torch.float32:
-        return _quantized(x, scale, dtype).mul_(scale).to(x.dtype)
-    y = torch.empty_like(x)
-    for piece, into in zip(torch.split(source, _PIECE), torch.split(_flat(y), _PIECE), strict=True):
-        torch.div(piece, scale, out=into)
-        into.round_().clamp_(dtype.qmin, dtype.qmax).mul_(scale)
-    return y
-
-
-def _bounds(scale: Tensor, dtype: QDType) -> tuple[float, float]:
-    """The values strictly between which nothing is clipped: half a step beyond the range's ends."""
-    step = float(scale.detach())
-    return (dtype.qmin - 0.5) * _BELOW * step, (dtype.qmax + 0.5) * step
-
-
-def _pieces_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient
-) -> tuple[Tensor, Tensor | None]:
-    low, high = _bounds(scale, dtype)
-    if gradient is ScaleGradient.NONE:
-        return torch.ops.aten.hardtanh_backward(grad, x, low, high), None
-    flat = _dense(x)
-    if flat is None or grad.stride() != x.stride() or x.dtype is not torch.float32 or grad.dtype is not x.dtype:
-        return _plain_backward(grad, x, scale, dtype, gradient)
-    to_x = torch.empty_like(x)
-    pieces = zip(*(torch.split(_flat(t), _PIECE) for t in (grad, x, to_x)), strict=True)
-    total = torch.zeros((), dtype=torch.float64)
-    for g, piece, into in pieces:
-        torch.ops.aten.hardtanh_backward.grad_input(g, piece, low, high, grad_input=into)
-        held = torch.div(piece, scale).round_().clamp_(dtype.qmin, dtype.qmax)
-        total += torch.dot(g - into, held)
-        if gradient is ScaleGradient.LSQ:
-            total += torch.dot(into, held.sub_(piece / scale))
-    return to_x, total.to(scale.dtype)
-
-
-def _plain_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, dtype: QDType, gradient: ScaleGradient
-) -> tuple[Tensor, Tensor | None]:
-    """Backward in plain operations, over any scale that broadcasts; the scale's part has the scale's shape."""
-    steps = x.float() / scale
-    rounded = steps.round()
-    inside = (rounded >= dtype.qmin) & (rounded <= dtype.qmax)
-    to_x = grad * inside
-    if gradient is ScaleGradient.NONE:
-        return to_x, None
-    wide = grad.float()
-    ends = rounded.clamp(dtype.qmin, dtype.qmax)
-    within = ends - steps if gradient is ScaleGradient.LSQ else 0.0
-    return to_x, (wide * torch.where(inside, within, ends)).sum_to_size(scale.shape)
+            safe = scale.clamp(min=least) if least else scale
+            to_x, to_scale = plain_quantization.backward(grad, x, safe, dtype, gradient)
+            to_scale = None if to_scale is None else (to_scale * gradient_scale).reshape(scale.shape)
+        return to_x, to_scale, None, None, None
 
 
 class _Weight(torch.autograd.Function):
@@ -340,7 +222,7 @@ class _Weight(torch.autograd.Function):
                 factor = fold.factor(weight)
         else:
             factor = None if fold is None else fold.factor(weight)
-            y, steps = _weight_forward(weight, _spread(scale, weight, axis), factor, dtype)
+            y, steps = plain_quantization.weight_forward(weight, _spread(scale, weight, axis), factor, dtype)
         undone = torch.where(factor == 0, 0.0, 1 / factor) if learns and factor is not None else None
         ctx.save_for_backward(steps, undone)
         return y
@@ -349,18 +231,47 @@ class _Weight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         steps, undone = ctx.saved_tensors
         dtype, gradient, gradient_scale, shape, axis = ctx.how
-        low, high = (dtype.qmin - 0.5) * _BELOW, dtype.qmax + 0.5
-        to_weight = torch.ops.aten.hardtanh_backward(grad, steps, low, high)
         if gradient is ScaleGradient.NONE or not ctx.needs_input_grad[1]:
-            return to_weight, None, None, None, None, None, None
-        ends = steps.round().clamp_(dtype.qmin, dtype.qmax)
-        inside = (steps > low) & (steps < high)
-        within = ends - steps if gradient is ScaleGradient.LSQ else torch.zeros_like(ends)
-        to_scale = grad * torch.where(inside, within, ends)
-        if undone is not None:
-            to_scale = to_scale * undone
+            low, high = plain_quantization.inside_bounds(dtype)
+            return torch.ops.aten.hardtanh_backward(grad, steps, low, high), None, None, None, None, None, None
+        to_weight, to_scale = plain_quantization.weight_backward(grad, steps, undone, dtype, gradient)
         others = [d for d in range(steps.dim()) if axis is None or d != axis % steps.dim()]
         return to_weight, to_scale.sum(others).view(shape) * gradient_scale, None, None, None, None, None
+
+
+class _Batched(torch.autograd.Function):
+    """A weight that was quantized together with others, over a scale that gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, _weight: Tensor, made: Made) -> Tensor:
+        ctx.save_for_backward(made.rest)
+        return made.y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+class _BatchedLearned(torch.autograd.Function):
+    """Likewise, over a scale that learns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _weight: Tensor, scale: Tensor, made: Made, dtype: QDType, errors: bool, gradient_scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(made.rest, made.undone)
+        ctx.how = dtype, errors, gradient_scale, scale.shape
+        return made.y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        steps, undone = ctx.saved_tensors
+        dtype, errors, gradient_scale, shape = ctx.how
+        to_weight, rows = _weight_kernels().weight_backward(
+            grad, steps, undone, dtype.qmin, dtype.qmax, errors=errors, gradient_scale=gradient_scale
+        )
+        return to_weight, rows if shape else rows.sum(), None, None, None, None
 
 
 def _by_rows(weight: Tensor, axis: int | None, fold: Fold | None) -> bool:
@@ -369,35 +280,27 @@ def _by_rows(weight: Tensor, axis: int | None, fold: Fold | None) -> bool:
     return rows and weight.dim() > 0 and weight.is_contiguous()
 
 
-def _weight_forward(weight: Tensor, scale: Tensor, factor: Tensor | None, dtype: QDType) -> tuple[Tensor, Tensor]:
-    """The weight that training computes with, in its dtype, and its unrounded steps, float32."""
-    if factor is None:
-        return _weight_pieces(weight, scale, None, scale, dtype)
-    dead = factor == 0
-    y, steps = _weight_pieces(weight, scale, factor, scale / factor.masked_fill(dead, 1.0), dtype)
-    if not weight.is_cpu or bool(dead.any()):  # a GPU would have to be waited for
-        y = torch.where(dead, weight, y)
-    return y, steps
+def _may_wait(weight: Tensor, scale: Tensor) -> bool:
+    """Whether the weight is one that training has in each step, in the types that the common kernel takes."""
+    trains = weight.is_leaf and weight.requires_grad and torch.is_grad_enabled()
+    return trains and weight.numel() > 0 and weight.dtype is torch.float32 and scale.dtype is torch.float32
 
 
-def _weight_pieces(
-    weight: Tensor, scale: Tensor, factor: Tensor | None, real: Tensor, dtype: QDType
-) -> tuple[Tensor, Tensor]:
-    """The quantized weight times `real`, and the unrounded steps; row by row on a CPU."""
-    spreads = [t for t in (scale, factor) if t is not None and t.dim() > 0]
-    rows_alone = all(t.numel() == t.shape[0] for t in spreads)
-    if not (weight.is_cpu and weight.dtype is torch.float32 and weight.is_contiguous() and rows_alone):
-        steps = (weight if factor is None else weight * factor).float() / scale
-        return (steps.round().clamp_(dtype.qmin, dtype.qmax).mul_(real)).to(weight.dtype), steps
-    steps, y = torch.empty_like(weight), torch.empty_like(weight)
-    rows = max(1, _PIECE // max(1, weight.numel() // max(1, weight.shape[0])))
-    for first in range(0, weight.shape[0], rows):
-        block = slice(first, first + rows)
-        own, its = (t if t.dim() == 0 else t[block] for t in (scale, real))
-        piece = weight[block] if factor is None else torch.mul(weight[block], factor[block], out=steps[block])
-        torch.div(piece, own, out=steps[block])
-        torch.round(steps[block], out=y[block]).clamp_(dtype.qmin, dtype.qmax).mul_(its)
-    return y, steps
+def _weight_table(requests: list[WeightRequest]) -> Any:
+    return _weight_kernels().WeightTable(requests, SMALLEST_SCALE)
+
+
+def _batched(
+    weight: Tensor, scale: Tensor, made: Made, dtype: QDType, gradient: ScaleGradient, gradient_scale: float
+) -> Tensor:
+    if gradient is ScaleGradient.NONE:
+        held: Tensor = _Batched.apply(weight, made)  # type: ignore[no-untyped-call]
+        return held
+    errors = gradient is ScaleGradient.LSQ
+    learned: Tensor = _BatchedLearned.apply(  # type: ignore[no-untyped-call]
+        weight, scale, made, dtype, errors, gradient_scale
+    )
+    return learned
 
 
 @functools.cache
@@ -408,3 +311,10 @@ def _kernels() -> Any:
     from . import triton_kernels
 
     return triton_kernels
+
+
+def _weight_kernels() -> Any:
+    """The room with the kernels for weights that are quantized together; only where :func:`_kernels` is."""
+    from . import triton_weights
+
+    return triton_weights

@@ -46,11 +46,13 @@ def _round(steps):
 
 
 @triton.jit
-def _forward(x_ptr, scale_ptr, y_ptr, n, low: tl.constexpr, high: tl.constexpr, block: tl.constexpr):
+def _forward(
+    x_ptr, scale_ptr, y_ptr, n, low: tl.constexpr, high: tl.constexpr, least: tl.constexpr, block: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     valid = at < n
     x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr)
+    scale = tl.maximum(tl.load(scale_ptr), least)
     rounded = _round(_steps(x, scale, low, high))
     rounded = tl.maximum(rounded, low, propagate_nan=tl.PropagateNan.ALL)
     rounded = tl.minimum(rounded, high, propagate_nan=tl.PropagateNan.ALL)
@@ -65,8 +67,10 @@ def _backward(
     to_x_ptr,
     partial_ptr,
     n,
+    gradient_scale,
     low: tl.constexpr,
     high: tl.constexpr,
+    least: tl.constexpr,
     gradient: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -75,7 +79,7 @@ def _backward(
     valid = at < n
     grad = tl.load(grad_ptr + at, mask=valid, other=0.0)
     x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    steps = _steps(x, tl.load(scale_ptr), low, high)
+    steps = _steps(x, tl.maximum(tl.load(scale_ptr), least), low, high)
     rounded = _round(steps)
     inside = (rounded >= low) & (rounded <= high)
     tl.store(to_x_ptr + at, tl.where(inside, grad, 0.0).to(to_x_ptr.dtype.element_ty), mask=valid)
@@ -83,7 +87,7 @@ def _backward(
         ends = tl.where(rounded < low, low, high)
         within = rounded - steps if gradient == 1 else 0.0 * steps
         part = grad.to(tl.float32) * tl.where(inside, within, ends)
-        tl.store(partial_ptr + program, tl.sum(part, axis=0))
+        tl.store(partial_ptr + program, tl.sum(part, axis=0) * gradient_scale)
 
 
 @triton.jit
@@ -102,6 +106,7 @@ def _average(
     amin_ptr,
     amax_ptr,
     scale_ptr,
+    step_ptr,
     momentum,
     qmax: tl.constexpr,
     tiny: tl.constexpr,
@@ -114,7 +119,9 @@ def _average(
     high = tl.where(known, held_high + momentum * (high - held_high), high)
     tl.store(amin_ptr, low)
     tl.store(amax_ptr, high)
-    tl.store(scale_ptr, _scale_of(low, high, qmax, tiny, dead))
+    scale = _scale_of(low, high, qmax, tiny, dead)
+    tl.store(scale_ptr, scale)
+    tl.store(step_ptr, scale)
 
 
 @triton.jit
@@ -185,30 +192,31 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
-def forward(x: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
+def forward(x: Tensor, scale: Tensor, qmin: float, qmax: float, least: float) -> Tensor:
     """Quantize and dequantize over one scale, [].
 
     Args:
         x: Float32, float16 or bfloat16, any shape.
-        scale: Positive float32, [].
+        scale: Float32, [].
         qmin: Smallest integer.
         qmax: Largest integer; magnitudes are below 2**22.
+        least: What the scale counts as where it is less.
     """
     x = _dense(x)
     y = torch.empty_like(x)
     n = x.numel()
     if n:
         with _on(x):
-            _forward[(triton.cdiv(n, _BLOCK),)](x, scale, y, n, float(qmin), float(qmax), _BLOCK)
+            _forward[(triton.cdiv(n, _BLOCK),)](x, scale, y, n, float(qmin), float(qmax), least, _BLOCK)
     return y
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, qmin: float, qmax: float, gradient: str
+    grad: Tensor, x: Tensor, scale: Tensor, qmin: float, qmax: float, least: float, gradient: str, gradient_scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of :func:`forward` for x, and unless `gradient` is ``none`` for the scale, float32, [].
 
-    The scale's is summed in a fixed order, so that it is the same every time.
+    The scale's, times `gradient_scale`, is summed in a fixed order, so that it is the same every time.
     """
     x = _dense(x)
     to_x = torch.empty_like(x, dtype=grad.dtype)
@@ -220,7 +228,9 @@ def backward(
     partial = torch.empty(programs, dtype=torch.float32, device=x.device) if kind else to_x
     if n:
         with _on(x):
-            _backward[(programs,)](grad, x, scale, to_x, partial, n, float(qmin), float(qmax), kind, block)
+            _backward[(programs,)](
+                grad, x, scale, to_x, partial, n, float(gradient_scale), float(qmin), float(qmax), least, kind, block
+            )
     return to_x, partial.sum() if kind else None
 
 
@@ -277,17 +287,24 @@ def _launch(
         )  # fmt: skip
 
 
-def average(low: Tensor, high: Tensor, amin: Tensor, amax: Tensor, scale: Tensor, momentum: float, qmax: float) -> None:
+def average(
+    low: Tensor, high: Tensor, amin: Tensor, amax: Tensor, scale: Tensor, momentum: float, qmax: float
+) -> Tensor:
     """Pull a running range, `amin` and `amax`, towards a batch's, `low` and `high`, and set its scale.
 
     Args:
-        low: The batch's smallest value, [].
-        high: The batch's largest value, [].
+        low: The batch's smallest value, float, [].
+        high: The batch's largest value, float, [].
         amin: Float32, []; changed. Not finite before the first batch, which is then taken as it is.
         amax: Likewise.
         scale: Float32, []; changed.
         momentum: The batch's share.
         qmax: Largest integer; the scale is symmetric.
+
+    Returns:
+        A copy of the scale, for a step's backward to keep.
     """
+    copy = torch.empty_like(scale)
     with _on(scale):
-        _average[(1,)](low, high, amin, amax, scale, momentum, float(qmax), SMALLEST_NORMAL, DEAD_SCALE)
+        _average[(1,)](low, high, amin, amax, scale, copy, momentum, float(qmax), SMALLEST_NORMAL, DEAD_SCALE)
+    return copy

@@ -11,12 +11,14 @@ from torch import fx
 
 from ..batch_norm import FoldedBias, FoldedWeight, TrainedBatchNorm
 from ..editor import Editor
-from ..fake_quantizers import POLICIES, FakeQuantizer, FoldedInto, ScalePolicy
+from ..fake_quantizers import FakeQuantizer, FoldedInto
 from ..graph import EDGES, attribute, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Numeric, Pass
 from ..quantizer import quantizers, tie_groups
+from ..scale_policy import POLICIES, ScalePolicy
 from ..verify import quantizer_of
+from ..weight_batch import WeightBatch
 from .set_aside_training import SET_ASIDE, norm_path, set_aside
 
 __all__ = ["RestoreTraining"]
@@ -72,6 +74,7 @@ class RestoreTraining(Pass):
 def _fake_quantizers(editor: Editor, policy: ScalePolicy) -> None:
     nodes = {str(n.target): n for n in editor.graph.nodes if quantizer_of(n) is not None}
     relus = {tie for node in nodes.values() for tie in _relu_groups(editor, node)}
+    batch = WeightBatch()
     device = next((p.device for p in editor.gm.parameters()), torch.device("cpu"))
     for path, node in nodes.items():
         source = quantizer_of(node)
@@ -82,6 +85,8 @@ def _fake_quantizers(editor: Editor, policy: ScalePolicy) -> None:
             chosen = "moving-average"
         shape = info.shape if info is not None else ()
         made = FakeQuantizer(source, chosen, shape, momentum=policy.momentum)
+        if made.weight:
+            made.join(batch)
         editor.set_module(path, made.to(device))
     for group in tie_groups(quantizers(editor.gm).values()):
         members = [q for q in group if isinstance(q, FakeQuantizer)]

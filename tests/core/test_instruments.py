@@ -27,13 +27,13 @@ from toys import (
 import fxq
 from fxq.editor import Editor
 from fxq.errors import FxqError, PassError, VerifyError
-from fxq.fake_quantizers import ScalePolicy
 from fxq.graph import state
 from fxq.instruments import Dump, Instrument, NumericCheck, format_diff, node_values
 from fxq.manager import PassManager, Pipeline
 from fxq.passbase import Pass, PassResult
 from fxq.passes import CONVERT, PREPARE, PREPARE_QAT, DropIdentities, RestoreTraining
 from fxq.printer import format_graph
+from fxq.scale_policy import ScalePolicy
 
 X = (2, 3, 16, 16)
 

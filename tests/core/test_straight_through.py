@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxq import qdq, straight_through
+from fxq import plain_quantization, qdq
 from fxq.folding import Fold, fold_factor, fold_weight
 from fxq.recipe import DTYPES, QDType
 from fxq.straight_through import ScaleGradient, fake_quantize, fake_quantize_weight
@@ -51,7 +51,7 @@ def test_forward_is_quantize_and_dequantize(name: str, layout: torch.memory_form
 
 
 def test_large_tensors_go_piece_by_piece_with_the_same_result() -> None:
-    x = drawn(DTYPES["int8"], 3, straight_through._PIECE + 5)
+    x = drawn(DTYPES["int8"], 3, plain_quantization._PIECE + 5)
     s = torch.tensor(0.02)
     assert torch.equal(fake_quantize(x, s, ZERO, DTYPES["int8"]), qdq.fake_quantize(x, s, ZERO, None, "int8"))
 
