@@ -111,13 +111,13 @@ def fake_quantize_weight(  # noqa: PLR0913 - what a weight may be quantized with
     by_rows = weight.is_cuda and _by_rows(weight, axis, fold)
     if by_rows and batch is not None and _may_wait(weight, scale) and _kernels() is not None:
         mode = "max" if refresh else "fixed" if gradient is ScaleGradient.NONE else "learned"
-        request = WeightRequest(weight, scale, fold, dtype.qmin, dtype.qmax, mode)
+        request = WeightRequest(weight, scale, fold, dtype.qmin, dtype.qmax, mode, _compute_type(weight, fold))
         made = batch[0].take(batch[1], request, _weight_table)
         if made is not None:
-            return _batched(weight, scale, made, dtype, gradient, gradient_scale)
+            return _with_gradient(weight, scale, made, dtype, gradient, gradient_scale)
     if gradient is ScaleGradient.NONE and by_rows and (kernels := _kernels()) is not None:
-        alone: Tensor = kernels.masked_weight(weight, scale, fold, dtype, refresh=refresh)
-        return alone
+        alone = kernels.masked_weight(weight, scale, fold, dtype, _compute_type(weight, fold), refresh=refresh)
+        return _with_gradient(weight, scale, Made(*alone, None), dtype, gradient, gradient_scale)
     result: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
         weight, scale, axis, fold, dtype, gradient, gradient_scale
     )
@@ -239,8 +239,8 @@ class _Weight(torch.autograd.Function):
         return to_weight, to_scale.sum(others).view(shape) * gradient_scale, None, None, None, None, None
 
 
-class _Batched(torch.autograd.Function):
-    """A weight that was quantized together with others, over a scale that gets no gradient."""
+class _Masked(torch.autograd.Function):
+    """A weight that a kernel has quantized already, over a scale that gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, _weight: Tensor, made: Made) -> Tensor:
@@ -253,7 +253,7 @@ class _Batched(torch.autograd.Function):
         return grad * inside, None
 
 
-class _BatchedLearned(torch.autograd.Function):
+class _MadeLearned(torch.autograd.Function):
     """Likewise, over a scale that learns."""
 
     @staticmethod
@@ -280,6 +280,12 @@ def _by_rows(weight: Tensor, axis: int | None, fold: Fold | None) -> bool:
     return rows and weight.dim() > 0 and weight.is_contiguous()
 
 
+def _compute_type(weight: Tensor, fold: Fold | None) -> torch.dtype:
+    """The type that autocast would give the weight for its layer, which has a BatchNorm, so is in autocast's list."""
+    lowered = fold is not None and weight.dtype is torch.float32 and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if lowered else weight.dtype
+
+
 def _may_wait(weight: Tensor, scale: Tensor) -> bool:
     """Whether the weight is one that training has in each step, in the types that the common kernel takes."""
     trains = weight.is_leaf and weight.requires_grad and torch.is_grad_enabled()
@@ -290,14 +296,14 @@ def _weight_table(requests: list[WeightRequest]) -> Any:
     return _weight_kernels().WeightTable(requests, SMALLEST_SCALE)
 
 
-def _batched(
+def _with_gradient(
     weight: Tensor, scale: Tensor, made: Made, dtype: QDType, gradient: ScaleGradient, gradient_scale: float
 ) -> Tensor:
     if gradient is ScaleGradient.NONE:
-        held: Tensor = _Batched.apply(weight, made)  # type: ignore[no-untyped-call]
+        held: Tensor = _Masked.apply(weight, made)  # type: ignore[no-untyped-call]
         return held
     errors = gradient is ScaleGradient.LSQ
-    learned: Tensor = _BatchedLearned.apply(  # type: ignore[no-untyped-call]
+    learned: Tensor = _MadeLearned.apply(  # type: ignore[no-untyped-call]
         weight, scale, made, dtype, errors, gradient_scale
     )
     return learned

@@ -22,7 +22,7 @@ from .folding import Fold
 from .qparams import DEAD_SCALE, SMALLEST_NORMAL
 from .recipe import QDType
 
-__all__ = ["WIDEST", "average", "backward", "forward", "masked_weight", "weight_forward"]
+__all__ = ["WIDEST", "average", "backward", "forward", "mask_type", "masked_weight", "weight_forward"]
 
 WIDEST: Final = 1 << 14
 """Elements of the longest row that one program holds."""
@@ -173,12 +173,11 @@ def _weight_forward(
     y = rounded * real
     if folds:
         y = tl.where(factor == 0.0, weight, y)
-    if masks:  # what is not clipped, as 1, and what is to be added to weight times that
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=valid)
+    if masks:
         inside = (near >= low) & (near <= high)
-        tl.store(out_ptr + at, (y - tl.where(inside, weight, 0.0)).to(out_ptr.dtype.element_ty), mask=valid)
-        tl.store(more_ptr + at, tl.where(inside, 1.0, 0.0).to(more_ptr.dtype.element_ty), mask=valid)
+        tl.store(more_ptr + at, inside.to(more_ptr.dtype.element_ty), mask=valid)
     else:
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=valid)
         tl.store(more_ptr + at, steps, mask=valid)
 
 
@@ -248,19 +247,28 @@ def weight_forward(weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDTy
     return y, steps
 
 
-def masked_weight(weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDType, *, refresh: bool) -> Tensor:
-    """The weight that training computes with, differentiable by PyTorch's own multiplication and addition.
+def masked_weight(
+    weight: Tensor, scale: Tensor, fold: Fold | None, dtype: QDType, compute: torch.dtype, *, refresh: bool
+) -> tuple[Tensor, Tensor]:
+    """The weight that training computes with, in `compute`, and where nothing was clipped; see :func:`mask_type`.
 
     Args:
         weight: As for :func:`weight_forward`.
         scale: Likewise; with `refresh`, [rows], and set to the range of each row first.
         fold: Likewise.
         dtype: Likewise.
+        compute: The type that the layer computes in.
         refresh: Whether the scale follows the weight; rows have at most :data:`WIDEST` elements then.
     """
-    rest, inside = torch.empty_like(weight), torch.empty_like(weight)
-    _launch(weight, scale, fold, dtype, (rest, inside), refreshes=refresh, masks=True)
-    return torch.addcmul(rest, weight, inside)
+    y = torch.empty_like(weight, dtype=compute)
+    inside = torch.empty_like(weight, dtype=mask_type(weight.dtype, compute))
+    _launch(weight, scale, fold, dtype, (y, inside), refreshes=refresh, masks=True)
+    return y, inside
+
+
+def mask_type(held: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """The type of a mask that turns a gradient in `compute` into one in `held` by one multiplication."""
+    return torch.bool if held is compute else held
 
 
 def _launch(

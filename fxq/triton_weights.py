@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .qparams import DEAD_SCALE, SMALLEST_NORMAL
-from .triton_kernels import _on, _round, _scale_of
+from .triton_kernels import _on, _round, _scale_of, mask_type
 from .weight_batch import Made, WeightRequest
 
 __all__ = ["WeightTable", "weight_backward"]
@@ -66,8 +66,15 @@ def _weights(
             exact = exact * tl.load(gamma.to(tl.pointer_type(tl.float32)) + row).to(tl.float64)
         factor = exact.to(tl.float32)
     folded = weight * factor
-    if refreshes:  # one program sees the whole row
-        scale = _scale_of(tl.min(folded, axis=0), tl.max(folded, axis=0), high, tiny, dead)
+    if refreshes:  # each program of a row sees the whole of it, and they all store the same
+        least_seen = tl.full((block,), float("inf"), tl.float32)
+        most_seen = tl.full((block,), float("-inf"), tl.float32)
+        for begin in range(0, columns, block):
+            other = begin + tl.arange(0, block)
+            rest = tl.load(weight_ptr + row.to(tl.int64) * columns + other, mask=other < columns, other=0.0) * factor
+            least_seen = tl.minimum(least_seen, rest, propagate_nan=tl.PropagateNan.ALL)
+            most_seen = tl.maximum(most_seen, rest, propagate_nan=tl.PropagateNan.ALL)
+        scale = _scale_of(tl.min(least_seen, axis=0), tl.max(most_seen, axis=0), high, tiny, dead)
         tl.store(scale_ptr + row, scale)
     else:
         scale = tl.load(scale_ptr + row * stride)
@@ -83,11 +90,12 @@ def _weights(
     rounded = tl.maximum(near, low, propagate_nan=tl.PropagateNan.ALL)
     rounded = tl.minimum(rounded, high, propagate_nan=tl.PropagateNan.ALL)
     y = tl.where(factor == 0.0, weight, rounded * real)
-    tl.store(y_ptr + start + at, y, mask=valid)
+    tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=valid)
     if learns:
         tl.store(rest_ptr + start + at, steps, mask=valid)
     else:
-        tl.store(rest_ptr + start + at, (near >= low) & (near <= high), mask=valid)
+        inside = (near >= low) & (near <= high)
+        tl.store(rest_ptr + start + at, inside.to(rest_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -137,12 +145,10 @@ class WeightTable:
 
     def __init__(self, requests: Sequence[WeightRequest], least: float) -> None:
         mode = requests[0].mode
-        self._mode, self._least = mode, least
+        self._mode, self._least, self._compute = mode, least, requests[0].compute
         self._addresses = _addresses(requests)
         self._shapes = [r.weight.shape for r in requests]
         device = requests[0].weight.device
-        widest = max(r.weight.numel() // r.weight.shape[0] for r in requests)
-        self._block = triton.next_power_of_2(widest) if mode == "max" else _BLOCK
         self._starts, self._rows = [0], [0]
         entries, programs = [], []
         for member, request in enumerate(requests):
@@ -152,7 +158,7 @@ class WeightTable:
                 [*self._addresses[member][:4], columns, request.scale.dim(), self._starts[-1],
                  int(request.qmin), int(request.qmax), self._rows[-1]]
             )  # fmt: skip
-            programs.append(_programs(member, rows, columns, self._block))
+            programs.append(_programs(member, rows, columns, _BLOCK))
             self._starts.append(self._starts[-1] + -(-request.weight.numel() // _ALIGNED) * _ALIGNED)
             self._rows.append(self._rows[-1] + rows)
         self._table = torch.tensor(entries, dtype=torch.int64).to(device)
@@ -162,18 +168,20 @@ class WeightTable:
 
     def fits(self, requests: Sequence[WeightRequest]) -> bool:
         """Whether the table is the one of these weights."""
-        return requests[0].mode == self._mode and _addresses(requests) == self._addresses
+        alike = (requests[0].mode, requests[0].compute) == (self._mode, self._compute)
+        return alike and _addresses(requests) == self._addresses
 
     def launch(self) -> list[Made]:
         """Quantize all of them, from what their tensors hold now."""
         device, learns = self._table.device, self._mode == "learned"
-        y = torch.empty(self._starts[-1], dtype=torch.float32, device=device)
-        rest = torch.empty(self._starts[-1], dtype=torch.float32 if learns else torch.bool, device=device)
+        y = torch.empty(self._starts[-1], dtype=self._compute, device=device)
+        kind = torch.float32 if learns else mask_type(torch.float32, self._compute)
+        rest = torch.empty(self._starts[-1], dtype=kind, device=device)
         undone = torch.empty(self._rows[-1], dtype=torch.float32, device=device) if learns else self._eps
         with _on(y):
             _weights[(len(self._programs),)](
                 self._table, self._eps, self._programs, y, rest, undone, self._table.shape[1], self._mode == "max",
-                learns, self._least, SMALLEST_NORMAL, DEAD_SCALE, self._block,
+                learns, self._least, SMALLEST_NORMAL, DEAD_SCALE, _BLOCK,
             )  # fmt: skip
         made = []
         for member, shape in enumerate(self._shapes):
@@ -186,7 +194,7 @@ class WeightTable:
 
 def _addresses(requests: Sequence[WeightRequest]) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
-    for weight, scale, fold, qmin, qmax, _ in requests:
+    for weight, scale, fold, qmin, qmax, _, _ in requests:
         var = 0 if fold is None else fold.var.data_ptr()
         gamma = 0 if fold is None or fold.gamma is None else fold.gamma.data_ptr()
         found.append((weight.data_ptr(), scale.data_ptr(), var, gamma, weight.numel(), int(qmin), int(qmax)))
@@ -218,7 +226,7 @@ def weight_backward(
     grad = grad.contiguous()
     rows = steps.shape[0]
     columns = steps.numel() // max(rows, 1)
-    to_weight = torch.empty_like(grad)
+    to_weight = torch.empty_like(steps)
     to_scale = torch.zeros(rows, dtype=torch.float32, device=grad.device)
     if columns:
         with _on(grad):

@@ -28,7 +28,8 @@ class WeightRequest(NamedTuple):
         qmin: Smallest integer.
         qmax: Largest integer; magnitudes are below 2**22.
         mode: ``fixed``: over the scale as it is. ``learned``: likewise, for one that learns. ``max``: the scale of each
-            row is set to its range first; rows have at most :data:`fxq.triton_kernels.WIDEST` elements.
+            row is set to its range first.
+        compute: The type that the layer computes in.
     """
 
     weight: Tensor
@@ -37,6 +38,12 @@ class WeightRequest(NamedTuple):
     qmin: float
     qmax: float
     mode: str
+    compute: torch.dtype
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What requests of one launch have in common."""
+        return self.mode, self.compute, self.weight.device
 
     def stamp(self) -> tuple[int, ...]:
         """Equal as long as the tensors are the same ones and hold what they held.
@@ -53,8 +60,8 @@ class Made(NamedTuple):
     """What a weight became.
 
     Attributes:
-        y: The weight that training computes with, float32, [rows, …].
-        rest: What backward needs: where nothing was clipped, bool, or for learned scales the unrounded steps, float32.
+        y: The weight that training computes with, [rows, …].
+        rest: What backward needs: where nothing was clipped, bool or 0 and 1, or for learned scales the unrounded steps, float32.
         undone: For learned scales, what undoes the fold, float32, [rows]; 0 where nothing does. None otherwise.
     """
 
@@ -71,7 +78,7 @@ class WeightBatch:
 
     def __init__(self) -> None:
         self._known: dict[int, WeightRequest] = {}
-        self._ready: dict[int, tuple[tuple[int, ...], Made]] = {}
+        self._ready: dict[int, tuple[tuple[Any, ...], Made]] = {}
         self._table: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -96,20 +103,19 @@ class WeightBatch:
             table: Makes a :class:`fxq.triton_weights.WeightTable` of requests.
         """
         ready = self._ready.pop(key, None)
-        if ready is not None and ready[0] == request.stamp():
+        if ready is not None and ready[0] == (request.kind, request.stamp()):
             return ready[1]
         known = self._known.get(key)
         self._known[key] = request
         if known is None or known.weight is not request.weight or torch._C._current_graph_task_id() != -1:
             return None
-        alike = request.mode, request.weight.device
-        members = [(k, r) for k, r in list(self._known.items()) if (r.mode, r.weight.device) == alike]
+        members = [(k, r) for k, r in list(self._known.items()) if r.kind == request.kind]
         requests = [r for _, r in members]
         if self._table is None or not self._table.fits(requests):
             if torch.cuda.is_current_stream_capturing():
                 return None
             self._table = table(requests)
         made = self._table.launch()
-        self._ready.update({k: (r.stamp(), m) for (k, r), m in zip(members, made, strict=True)})
+        self._ready.update({k: ((r.kind, r.stamp()), m) for (k, r), m in zip(members, made, strict=True)})
         mine: Made = self._ready.pop(key)[1]
         return mine
