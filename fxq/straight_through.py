@@ -116,8 +116,8 @@ def fake_quantize_weight(  # noqa: PLR0913 - what a weight may be quantized with
         if made is not None:
             return _with_gradient(weight, scale, made, dtype, gradient, gradient_scale)
     if gradient is ScaleGradient.NONE and by_rows and (kernels := _kernels()) is not None:
-        alone = kernels.masked_weight(weight, scale, fold, dtype, _compute_type(weight, fold), refresh=refresh)
-        return _with_gradient(weight, scale, Made(*alone, None), dtype, gradient, gradient_scale)
+        y, inside = kernels.masked_weight(weight, scale, fold, dtype, _compute_type(weight, fold), refresh=refresh)
+        return _with_gradient(weight, scale, Made(y, inside, None), dtype, gradient, gradient_scale)
     result: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
         weight, scale, axis, fold, dtype, gradient, gradient_scale
     )

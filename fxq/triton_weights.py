@@ -167,9 +167,8 @@ class WeightTable:
         self._programs = torch.cat(programs).to(device)
 
     def fits(self, requests: Sequence[WeightRequest]) -> bool:
-        """Whether the table is the one of these weights."""
-        alike = (requests[0].mode, requests[0].compute) == (self._mode, self._compute)
-        return alike and _addresses(requests) == self._addresses
+        """Whether the table is the one of these weights, which are of its mode and type."""
+        return _addresses(requests) == self._addresses
 
     def launch(self) -> list[Made]:
         """Quantize all of them, from what their tensors hold now."""

@@ -79,7 +79,7 @@ class WeightBatch:
     def __init__(self) -> None:
         self._known: dict[int, WeightRequest] = {}
         self._ready: dict[int, tuple[tuple[Any, ...], Made]] = {}
-        self._table: Any = None
+        self._tables: dict[tuple[Any, ...], Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -110,12 +110,15 @@ class WeightBatch:
         if known is None or known.weight is not request.weight or torch._C._current_graph_task_id() != -1:
             return None
         members = [(k, r) for k, r in list(self._known.items()) if r.kind == request.kind]
+        if len(members) == 1:
+            return None
         requests = [r for _, r in members]
-        if self._table is None or not self._table.fits(requests):
+        held = self._tables.get(request.kind)
+        if held is None or not held.fits(requests):
             if torch.cuda.is_current_stream_capturing():
                 return None
-            self._table = table(requests)
-        made = self._table.launch()
+            held = self._tables[request.kind] = table(requests)
+        made = held.launch()
         self._ready.update({k: ((r.kind, r.stamp()), m) for (k, r), m in zip(members, made, strict=True)})
         mine: Made = self._ready.pop(key)[1]
         return mine
