@@ -3,7 +3,7 @@
 As :mod:`fxq.triton_kernels`, whose arithmetic they have: the same weight comes out to the last bit.
 """
 
-# ruff: noqa: PLR0913, PLR0917 - a kernel takes each pointer and each size by itself
+# ruff: noqa: PLR0913, PLR0915, PLR0917 - a kernel takes each pointer and each size by itself
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
 from __future__ import annotations

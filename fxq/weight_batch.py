@@ -61,7 +61,8 @@ class Made(NamedTuple):
 
     Attributes:
         y: The weight that training computes with, [rows, …].
-        rest: What backward needs: where nothing was clipped, bool or 0 and 1, or for learned scales the unrounded steps, float32.
+        rest: What backward needs: where nothing was clipped, bool or 0 and 1; for learned scales the unrounded steps,
+            float32.
         undone: For learned scales, what undoes the fold, float32, [rows]; 0 where nothing does. None otherwise.
     """
 
@@ -84,7 +85,7 @@ class WeightBatch:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
 
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:  # what deepcopy of a graph and multiprocessing go by
         return type(self), ()
 
     def forget(self, key: int) -> None:
