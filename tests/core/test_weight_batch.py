@@ -17,7 +17,7 @@ from fxq.recipe import DTYPES
 from fxq.straight_through import ScaleGradient, fake_quantize_weight
 from fxq.weight_batch import Made, WeightBatch, WeightRequest
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with Triton")
+needs_gpu = pytest.mark.gpu
 
 
 class Table:
