@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from .layout import HEADER, Cell, Placed, Plan, Spot, coordinate, item_size, text_width
+from .layout import HEADER, Placed, Spot, coordinate
+from .plans import Cell, Plan, item_size, text_width
 from .sketch import Box, Item
 
 __all__ = ["Drawing", "Look", "draw", "legend"]

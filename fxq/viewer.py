@@ -19,7 +19,8 @@ from .backends.files import write_whole
 from .depiction import depict
 from .errors import FxqError
 from .html import SCRIPT, STYLE, Html, element, image, json_script, sheet
-from .layout import opened_by_default, opened_to, place, plan
+from .layout import place
+from .plans import opened_by_default, opened_to, plan
 from .sketch import Box, Sketch, nest
 from .svg import Drawing, draw, legend
 
