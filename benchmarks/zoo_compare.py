@@ -12,7 +12,7 @@ INTRODUCTION = """## Beside other quantizers
 The same float network and calibration images for all, one ONNX Runtime and one builder (static batch 8, 224 pixels),
 by `benchmarks/compare.py`. **INT8 kernels**: kernels that convolve or multiply matrices and read INT8, of all such.
 **MB moved**: activations that all kernels read and write, 10^6 bytes; **depthwise**: the part of kernels whose
-convolution has one input channel per group. **SQNR**: by ONNX Runtime over all images together, and the median over single
+convolution has one input channel per group. **SQNR**: by ONNX Runtime over all images, and the median over single
 images: where they part, a few images of great energy decide the first.
 """
 
