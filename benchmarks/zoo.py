@@ -38,6 +38,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=16, help="GiB per network (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0, help="start no network after so long (default: no end)")
     parser.add_argument("--table", type=Path, help="write the page here")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, write the page of what was run")
     parser.add_argument("--results", type=Path, help="compare.py's results, for the page's second table")
     return parser
 
@@ -98,7 +99,7 @@ def main() -> None:
     folder = args.work / "zoo"
     folder.mkdir(parents=True, exist_ok=True)
     models, start = list(zoo()), time.monotonic()
-    for model in chosen(models, folder, args):
+    for model in [] if args.table_only else chosen(models, folder, args):
         if args.seconds and time.monotonic() - start > args.seconds:
             break
         row = run(model, folder, args)
@@ -107,7 +108,9 @@ def main() -> None:
     rows = [row for m in models if (row := load(folder / f"{m.name}.json")) is not None]
     if args.table is not None:
         compared = dict(json.loads(args.results.read_text())) if args.results is not None else {}
-        args.table.write_text(page(rows, compared))
+        done = [row for row in rows if row.get("done")]
+        missing = [m.name for m in models if m.name not in {row["model"] for row in done}]
+        args.table.write_text(page(done, missing, compared))
     failed = [row["model"] for row in rows if not passed(row)]
     print(f"{len(rows) - len(failed)} of {len(models)} went the whole way" + (f"; failed: {failed}" if failed else ""))
 

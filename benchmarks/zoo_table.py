@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -117,10 +117,12 @@ def _table(rows: list[Row]) -> list[str]:
     return lines + ["| " + " | ".join([row["model"], *(cell(row) for _, cell in COLUMNS)]) + " |" for row in rows]
 
 
-def page(rows: list[Row], compared: Mapping[str, Mapping[str, Row]]) -> str:
-    """The whole page."""
+def page(rows: list[Row], missing: Sequence[str], compared: Mapping[str, Mapping[str, Row]]) -> str:
+    """The whole page; `missing` are the networks that were not run."""
     through = [row for row in rows if row.get("done") and all(said == "ok" for said in row["steps"].values())]
     lines = [INTRODUCTION, f"{len(through)} of {len(rows)} networks go the whole way, from tracing to an engine.\n"]
+    if missing:
+        lines += [f"Not run yet ({len(missing)}): {', '.join(missing)}.\n"]
     for family in dict.fromkeys(row["family"] for row in rows):
         lines += [f"## {family.capitalize()}\n", *_table([r for r in rows if r["family"] == family]), ""]
     for title, found in (("What fails", failures(rows)), ("What placement leaves float", left_float(rows))):
