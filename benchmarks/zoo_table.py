@@ -109,6 +109,13 @@ def left_float(rows: list[Row]) -> list[str]:
             kinds = sorted({name.rpartition(" ")[2] for name in found["float"]})
             missing = found["weighted"] - found["weighted_int8"]
             lines.append(f"- **{row['model']}**: {missing} of {found['weighted']} ({', '.join(kinds)})")
+        kernels = row.get("engine", {}).get("weighted_kernels", 0)
+        if found and kernels > found["weighted"]:
+            hidden = kernels - row["engine"]["weighted_kernels_reading_int8"]
+            lines.append(
+                f"- **{row['model']}**: {hidden} of {kernels} kernels are of products inside functions that the model "
+                "marks with torch.fx.wrap, which tracing keeps whole"
+            )
     return lines
 
 
