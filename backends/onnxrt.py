@@ -26,6 +26,17 @@ _RAW: Final[Mapping[torch.dtype, tuple[str, torch.dtype]]] = {
 }
 """Types that numpy lacks: ONNX's name, and the integers that carry their bits."""
 
+_TORCH_DTYPES: Final = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
 
 class Session:
     """An ONNX file that runs on the CPU.
@@ -75,6 +86,31 @@ class Session:
         feeds = self._feeds(inputs[0] if by_name else inputs)
         results = _run(self._session, self.output_names, feeds)
         return dict(zip(self.output_names, results, strict=True)) if by_name else results
+
+    def random_inputs(self, batch: int = 1) -> dict[str, Tensor]:
+        """Inputs of the model's shapes and types: normal numbers, zeros for integers.
+
+        Args:
+            batch: The size of a first dimension that is dynamic.
+
+        Raises:
+            EngineError: Another dimension is dynamic, or the model takes a type that torch has not.
+        """
+        found = {}
+        for value in self._session.get_inputs():
+            shape = [
+                batch if index == 0 and not isinstance(size, int) else size for index, size in enumerate(value.shape)
+            ]
+            dtype = _TORCH_DTYPES.get(value.type)
+            if dtype is None or not all(isinstance(size, int) for size in shape):
+                raise EngineError(
+                    f"input {value.name} of {self.path.name} is {value.type} {value.shape}: no random input fits",
+                    hint="give inputs of your own",
+                )
+            found[value.name] = (
+                torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+            )
+        return found
 
     def run_all(
         self, inputs: Mapping[str, Tensor] | Sequence[Tensor], *, nodes_per_step: int = 16

@@ -11,6 +11,7 @@ is a generator function over one kind of graph that yields a :class:`Finding` wh
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -186,6 +187,11 @@ class Findings(Sequence[Finding]):
             return html.card("no findings", ())
         blocks = [_section_html(severity, rule, found) for (severity, rule), found in self._grouped()]
         return html.card(f"{len(self)} finding{'s' if len(self) > 1 else ''}: {self._counts()}", blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts by severity and the findings, as plain data ready for JSON."""
+        counts = {severity: len(self.of(severity=severity)) for severity in SEVERITIES}
+        return {"counts": counts, "findings": [dataclasses.asdict(finding) for finding in self.items]}
 
     def _counts(self) -> str:
         counts = [(len(self.of(severity=s)), s) for s in SEVERITIES]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
     ("guards", "html", "layered", "optional", "plans", "sketch", "tables"),
-    ("recipe", "rules", "specs", "target"),
+    ("recipe", "rules", "sarif", "specs", "target"),
     (
         "buffers",
         "compiled_quantization",
@@ -80,6 +80,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calibration_io", "comparison", "depiction", "flow", "graph_diff", "notebook_display", "steps", "viewer"),
     ("methods", "testing"),
     ("__init__", "demo"),
+    ("entry_points",),
+    ("cli",),
+    ("__main__",),
 )
 # Beside the order: who may not see whom although it comes later.
 FORBIDDEN = {"backends": {"passes"}}

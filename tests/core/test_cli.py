@@ -1,0 +1,199 @@
+"""The command line: what each command prints and writes, its exit codes, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from inspector import float_skip
+from lint_net import IMAGE, Net, residual
+from typer.testing import CliRunner
+
+from fxq.backends.onnx_lint import lint_onnx
+from fxq.cli import app
+from fxq.entry_points import load_batches, load_model, load_object, read_tensors
+from fxq.errors import FxqError
+from fxq.sarif import findings_as_sarif
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = """
+import torch
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))
+def loader():
+    return [torch.randn(4, 3, 12, 12) for _ in range(2)]
+def broken():
+    raise RuntimeError("no weights here")
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(MODEL)
+    onnx.save(residual("shared"), tmp_path / "good.onnx")
+    onnx.save(residual(None), tmp_path / "skip.onnx")
+    net = Net()
+    onnx.save(net.model(net.conv(net.qdq("x", zero=3), "conv")), tmp_path / "bad.onnx")
+    return tmp_path
+
+
+def fxq(*args: str) -> Any:
+    return CliRunner().invoke(app, list(args))
+
+
+@pytest.mark.usefixtures("folder")
+def test_quantize_lint_and_run() -> None:
+    done = fxq("quantize", "net.py:build", "net.onnx", "--data", "net.py:loader")
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 weighted operations quantized" in done.output
+    assert fxq("lint", "net.onnx").exit_code == 0
+    ran = fxq("run", "net.onnx", "--batch", "2", "--repeat", "2", "-o", "out.npz")
+    assert ran.exit_code == 0, ran.output
+    assert "2x16x8x8" in ran.output
+    assert "latency: median" in ran.output
+    assert np.load("out.npz")["output"].shape == (2, 16, 8, 8)
+
+
+def test_quantize_from_a_numpy_file_with_a_recipe(folder: Path) -> None:
+    np.save("data.npy", np.random.default_rng(0).normal(size=(6, 3, 12, 12)).astype(np.float32))
+    (folder / "recipe.yaml").write_text("rules:\n- match: '2'\n  spec: null\n  reason: keep it float\n")
+    command = ("quantize", "net.py:build", "net.onnx", "--data", "data.npy", "--batch-size", "4", "--static")
+    done = fxq(*command, "--recipe", "recipe.yaml")
+    assert done.exit_code == 0, done.output
+    assert "1 of 2 weighted operations quantized" in done.output
+    assert onnx.load("net.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [(("good.onnx",), 0), (("skip.onnx",), 0), (("skip.onnx", "--strict"), 1), (("bad.onnx",), 1), (("none.onnx",), 2)],
+)
+def test_exit_codes_of_lint(args: tuple[str, ...], code: int) -> None:
+    assert fxq("lint", *args).exit_code == code
+
+
+@pytest.mark.usefixtures("folder")
+def test_lint_as_json_and_sarif() -> None:
+    data = json.loads(fxq("lint", "bad.onnx", "--format", "json").stdout)
+    assert data["counts"]["error"] == 1
+    assert data["findings"][0]["rule"] == "R9"
+    assert fxq("lint", "bad.onnx", "--format", "sarif", "-o", "bad.sarif").exit_code == 1
+    log = json.loads(Path("bad.sarif").read_text())
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    (result,) = [r for r in run["results"] if r["level"] == "error"]
+    assert run["tool"]["driver"]["name"] == "fxq"
+    assert run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"] == "R9"
+    assert result["message"]["text"].startswith("the zero point is 3, not 0.")
+    (place,) = result["locations"]
+    assert place["physicalLocation"]["artifactLocation"]["uri"] == "bad.onnx"
+    assert place["logicalLocations"][0]["name"] == "x_q"
+
+
+def test_sarif_names_the_source_line_and_nothing_else() -> None:
+    found = lint_onnx(residual(None))
+    plain = findings_as_sarif(found)["runs"][0]["results"]
+    assert len(plain) == len(found)
+    assert all("physicalLocation" not in place for result in plain for place in result["locations"])
+    import dataclasses
+
+    (result,) = findings_as_sarif([dataclasses.replace(found[0], source="my net.py:7")])["runs"][0]["results"]
+    place = result["relatedLocations"][0]["physicalLocation"]
+    assert place == {"artifactLocation": {"uri": "my%20net.py"}, "region": {"startLine": 7}}
+
+
+def test_report(folder: Path) -> None:
+    predicted = fxq("report", "good.onnx", "--format", "json")
+    assert predicted.exit_code == 0
+    assert len(json.loads(predicted.stdout)["kernels"]) == 4
+    (folder / "engine.json").write_text(json.dumps(float_skip(11, IMAGE)))
+    found = fxq("report", "skip.onnx", "--engine", "engine.json", "--format", "html", "-o", "report.html")
+    assert found.exit_code == 1
+    assert Path("report.html").read_text().startswith("<!doctype html>")
+    assert "R23" in fxq("report", "skip.onnx", "--engine", "engine.json").stdout
+
+
+@pytest.mark.usefixtures("trt", "folder")
+def test_build() -> None:
+    done = fxq("build", "good.onnx", "good.engine", "--log", "builder.log")
+    assert done.exit_code == 0, done.output
+    assert "weighted kernels reading INT8: 3 of 3" in done.output
+    assert fxq("report", "good.onnx", "--engine", "builder.log").exit_code == 0
+
+
+ERRORS = {
+    "no data": (("quantize", "net.py:build", "x.onnx"), "there is no calibration data"),
+    "no file": (("quantize", "gone.py:build", "x.onnx", "--data", "net.py:loader"), "there is no file gone.py"),
+    "no name": (("quantize", "net.py:bild", "x.onnx", "--data", "net.py:loader"), "net.py has no 'bild'"),
+    "no model": (("quantize", "net.py:number", "x.onnx", "--data", "net.py:loader"), "gives a int, not an nn.Module"),
+    "it fails": (("quantize", "net.py:broken", "x.onnx", "--data", "net.py:loader"), "RuntimeError: no weights here"),
+    "no entry": (("quantize", "net.py", "x.onnx", "--data", "net.py:loader"), "names no Python object"),
+    "bad data": (("quantize", "net.py:build", "x.onnx", "--data", "gone.npy"), "cannot read gone.npy"),
+    "no recipe": (
+        ("quantize", "net.py:build", "x.onnx", "--data", "net.py:loader", "--recipe", "gone.yaml"),
+        "gone.yaml",
+    ),
+    "no ONNX": (("lint", "net.py"), "no ONNX model in net.py"),
+    "profile": (("build", "good.onnx", "x.engine", "--profile", "x=1x3"), "'x=1x3' is no profile"),
+    "no HTML": (("report", "good.onnx", "--format", "html"), "a prediction has no HTML"),
+    "no kernels": (("report", "good.onnx", "--engine", "net.py"), "lists no kernels"),
+    "nothing to run": (("run", "gone.onnx"), "there is no file gone.onnx"),
+}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_a_sentence_and_a_next_step(name: str) -> None:
+    args, message = ERRORS[name]
+    done = fxq(*args)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert not Path("x.onnx").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_debug_raises() -> None:
+    assert isinstance(fxq("--debug", "lint", "net.py").exception, FxqError)
+
+
+@pytest.mark.parametrize("command", ["quantize", "lint", "build", "report", "run"])
+def test_help_has_an_example(command: str) -> None:
+    done = fxq(command, "--help")
+    assert done.exit_code == 0
+    assert f"fxq {command} net" in done.output
+
+
+def test_a_process_of_its_own(folder: Path) -> None:
+    command = [sys.executable, "-m", "fxq", "lint", "bad.onnx"]
+    done = subprocess.run(
+        command, cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "R9" in done.stdout
+    assert done.stderr == ""
+
+
+def test_entries(folder: Path) -> None:
+    assert load_object("os.path:join")("a", "b") == "a/b"
+    assert not load_model("net.py:build").training
+    np.savez(folder / "two.npz", a=np.zeros((5, 2), np.float32), b=np.ones((5, 1), np.float32))
+    batches = list(load_batches("two.npz", 2))
+    assert [sorted(batch) for batch in batches] == [["a", "b"]] * 3
+    assert [len(batch["a"]) for batch in batches] == [2, 2, 1]
+
+
+def test_pickled_arrays_are_refused(folder: Path) -> None:
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(FxqError, match="cannot read"):
+        read_tensors(folder / "objects.npy")
