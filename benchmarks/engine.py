@@ -115,18 +115,6 @@ class Kernel:
         return prod(dims) * prod(self.weights.dims) // max(channels, 1)
 
     @property
-    def depthwise(self) -> bool:
-        """A convolution whose weights have one input channel for many outputs."""
-        weights = self.weights
-        spatial = weights is not None and len(weights.dims) > 2
-        return self.weighted and spatial and weights.dims[1] == 1 and weights.dims[0] > 1  # type: ignore[union-attr]
-
-    @property
-    def bytes(self) -> int:
-        """Activations that it reads and writes."""
-        return sum(t.bytes for t in [*self.inputs, *self.outputs])
-
-    @property
     def added(self) -> list[Tensor]:
         """The inputs that an elementwise operation can join: two or more of one shape, else none."""
         if not self.inputs:
@@ -208,7 +196,6 @@ def figures(kernels: list[Kernel]) -> dict[str, Any]:
         "identity_skips_read_in_int8": sum(t.dtype == "Int8" for t in skips),
         "activation_bytes": traffic,
         "activation_bytes_total": sum(traffic.values()),
-        "depthwise_bytes": sum(k.bytes for k in kernels if k.depthwise),
         "kernels_with_wide_output": sum(any(t.dtype in WIDE and t.bytes > 1024 for t in k.outputs) for k in kernels),
         "weighted_kernels_not_int8": [f"{k.name} {k.metadata}" for k in weighted if not k.reads_int8],
     }

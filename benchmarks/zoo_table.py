@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,8 @@ def failures(rows: list[Row]) -> list[str]:
     for row in rows:
         for step, said in row["steps"].items():
             if said != "ok":
-                lines.append(f"- **{row['model']}**, {step}: {' '.join(said.split())[:400]}")
+                why = re.sub(r"\S*/site-packages/", "", " ".join(said.split()))
+                lines.append(f"- **{row['model']}**, {step}: {why[:400]}")
     return lines
 
 
