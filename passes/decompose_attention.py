@@ -11,7 +11,7 @@ from torch import fx
 from ..editor import Editor
 from ..graph import state, tensor_info
 from ..ops import kind_name
-from ..passbase import Pass
+from ..passbase import Numeric, Pass
 from .advise import CHECKS
 from .annotate import matches
 from .expand_attention import Builder, attend
@@ -40,6 +40,7 @@ class DecomposeAttention(Pass):
 
     name: ClassVar[str] = "decompose-attention"
     requires: ClassVar[tuple[str, ...]] = ("canonical",)
+    numeric: ClassVar[Numeric] = "rounding"
 
     def call(self, editor: Editor) -> None:
         for node in list(editor.graph.nodes):

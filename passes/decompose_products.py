@@ -11,7 +11,7 @@ from torch import fx
 
 from ..editor import Editor
 from ..graph import constant, tensor_info
-from ..passbase import Pass
+from ..passbase import Numeric, Pass
 from .expand_attention import Builder
 
 __all__ = ["DecomposeProducts"]
@@ -34,6 +34,7 @@ class DecomposeProducts(Pass):
 
     name: ClassVar[str] = "decompose-products"
     requires: ClassVar[tuple[str, ...]] = ("functional",)
+    numeric: ClassVar[Numeric] = "rounding"
 
     def call(self, editor: Editor) -> None:
         for node in list(editor.graph.nodes):

@@ -14,7 +14,7 @@ from torch import fx, nn
 from ..editor import Editor
 from ..graph import ORIGIN, TENSOR, TensorInfo, attribute, constant, origin, tensor_info
 from ..ops import KINDS, split_args
-from ..passbase import Pass
+from ..passbase import Numeric, Pass
 
 __all__ = ["Builder", "ExpandAttention", "attend"]
 
@@ -135,6 +135,7 @@ class ExpandAttention(Pass):
 
     name: ClassVar[str] = "expand-attention"
     requires: ClassVar[tuple[str, ...]] = ("traced", "functional")
+    numeric: ClassVar[Numeric] = "rounding"
 
     def call(self, editor: Editor) -> None:
         for node in list(editor.graph.nodes):
