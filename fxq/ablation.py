@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from . import html
 from .batches import Inputs, model_inputs, moved
 from .errors import CalibrationError, FxqError
 from .graph import constant, origin
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Sensitivity", "SensitivityRow", "sensitivity"]
 
 _SHOWN: Final = 20
+_HEADINGS: Final = {"tensor": False, "of": False, "module": False, "alone dB": True, "all up to it dB": True}
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,20 @@ class Sensitivity:
         plain = {"samples": self.samples, "rows": [dataclasses.asdict(row) for row in self.rows]}
         return pytree.tree_map(plain_number, plain)  # type: ignore[no-any-return]
 
+    @property
+    def _title(self) -> str:
+        return f"{len(self.rows)} quantizers on {self.samples} samples: SQNR of the output, worst first"
+
     def __str__(self) -> str:
         shown = self.worst(_SHOWN)
-        title = f"{len(self.rows)} quantizers on {self.samples} samples: SQNR of the output, worst first"
-        headings = {"tensor": False, "of": False, "module": False, "alone dB": True, "all up to it dB": True}
-        cells = (
-            (r.tensor, "weight" if r.weight else "activation", r.module_path, f"{r.alone:.1f}", f"{r.cumulative:.1f}")
-            for r in shown
-        )
         more = len(self.rows) - len(shown)
-        return table(headings, cells, title=title) + (f"\n… and {more} more in .rows" if more else "")
+        return table(_HEADINGS, map(_cells, shown), title=self._title) + (
+            f"\n… and {more} more in .rows" if more else ""
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [_cells(row) for row in self.worst()]
+        return html.card(self._title, [html.folded_table(list(_HEADINGS), rows, "quantizers", right=(3, 4))])
 
     def plot(self, count: int = _SHOWN) -> Figure:
         """The worst quantizers, worst first.
@@ -102,6 +108,11 @@ class Sensitivity:
         """
         bars = [Bar(row.tensor, row.weight, row.alone, row.cumulative) for row in self.worst(count)]
         return bars_picture(bars, title=f"the {len(bars)} quantizers that hurt most, of {len(self.rows)}")
+
+
+def _cells(row: SensitivityRow) -> tuple[str, ...]:
+    of = "weight" if row.weight else "activation"
+    return row.tensor, of, row.module_path, f"{row.alone:.1f}", f"{row.cumulative:.1f}"
 
 
 def sensitivity(prepared: fx.GraphModule, inputs: Any, *, progress: bool = True) -> Sensitivity:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from . import html
 from .batches import Inputs, model_inputs, moved
 from .errors import CalibrationError, FxqError
 from .graph import has_state, origin, state
@@ -30,6 +31,7 @@ from .stepping import Stepper, quantizing
 from .tables import plain_number, table
 from .tracer import trace_model
 from .verify import is_dequantized, is_quantizer
+from .viewer import View, view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,6 +155,36 @@ class Comparison:
             runtime = "" if row.runtime_sqnr is None else f"{row.runtime_sqnr:.1f}"
             more = () if self.runtime is None else (runtime,)
             yield (row.node, row.kind, row.module_path, *numbers, *more)
+
+    def view(self) -> View:
+        """The quantized graph as a picture, whose panel says each tensor's SQNR, drop and largest error."""
+        facts = {
+            row.node: [
+                ("SQNR", _db(row.sqnr) + ("" if math.isnan(row.drop) else f", {row.drop:.1f} dB below what it reads")),
+                ("largest error", f"{row.max_error:.3g}"),
+            ]
+            for row in self.rows
+        }
+        if self._graph is None:
+            raise FxqError("this comparison was not made by fxq.compare", hint="draw the graph with fxq.view(gm)")
+        return view(self._graph).with_facts(facts)
+
+    def _repr_html_(self) -> str:
+        summary = [html.element("p", line) for line in self._summary()]
+        worst = html.table(list(self._headings()), self._linked(self.drops()), right=range(3, 8))
+        every = html.details(
+            f"all {len(self.rows)} tensors", html.table(list(self._headings()), self._linked(self.rows))
+        )
+        words = html.element("p", "Where most is lost; click a name to find it in the picture.")
+        shown = html.card("float against quantized", [*summary, words, worst, every])
+        if self._graph is None:
+            return shown
+        picture = [self.view().fragment(), html.sheet(html.SCRIPT)]
+        return html.element("div", [html.Html(shown), *picture], class_="fxq-linked")
+
+    def _linked(self, rows: Iterable[ComparisonRow]) -> list[list[str]]:
+        """Cells whose first one names the node to the picture's script."""
+        return [[html.element("span", name, data_node=name), *rest] for name, *rest in self._cells(rows)]
 
     def plot(self) -> Figure:
         """SQNR along the graph, with the places where most is lost.

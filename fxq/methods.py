@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import fx
 
+from . import html
 from .errors import CalibrationError
 from .flow import convert, solve
 from .tables import table
@@ -39,11 +40,16 @@ class MethodScores:
         """The method with the highest score; of equals, the first that was tried."""
         return max(self.scores, key=lambda name: self.scores[name])
 
-    def __str__(self) -> str:
+    def _cells(self) -> list[tuple[str, str, str]]:
         rows = [(name, f"{score:.6g}", "best" if name == self.best else "") for name, score in self.scores.items()]
-        if self.reference is not None:
-            rows.append(("float", f"{self.reference:.6g}", ""))
-        return table({"method": False, "score": True, "": False}, rows)
+        return rows if self.reference is None else [*rows, ("float", f"{self.reference:.6g}", "")]
+
+    def __str__(self) -> str:
+        return table({"method": False, "score": True, "": False}, self._cells())
+
+    def _repr_html_(self) -> str:
+        shown = html.table(("method", "score", ""), self._cells(), right=(1,))
+        return html.card("the same statistics, solved by each method", [shown])
 
     def plot(self, ylabel: str = "score") -> Figure:
         """A point for each method, and a line for the float model.

@@ -116,6 +116,8 @@
       this.fit(1);
       this.show(null);
       root.dataset.live = "yes";
+      const linked = root.closest(".fxq-linked");
+      if (linked) this.follow(linked);
     }
 
     // Set every coordinate that can be seen.
@@ -220,6 +222,18 @@
       const item = this.data.items[number], list = make("dl");
       for (const [label, value] of item.facts) list.append(make("dt", "", words[label]), make("dd", "", words[value]));
       this.panel.replaceChildren(make("h4", "", words[item.title]), list);
+    }
+
+    // A table beside the picture names nodes; a click on one selects it.
+    follow(table) {
+      table.addEventListener("click", (event) => {
+        const name = event.target.closest("[data-node]")?.dataset.node;
+        const number = this.data.items.findIndex((item) => this.data.words[item.title].endsWith(`  ${name}`));
+        if (name === undefined || number < 0) return;
+        this.select(number);
+        this.reveal(number);
+        this.root.scrollIntoView({ block: "nearest" });
+      });
     }
 
     search(query, step) {

@@ -8,7 +8,8 @@ anywhere. Where no script runs, the still picture stays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,7 @@ class View:
         items = {item.key: item for item in sketch.items}
         numbers = {key: number for number, key in enumerate([*items, *(inner.key for inner in box.boxes)])}
         self.sketch = sketch
+        self._depth = depth
         self._drawing = Drawing(box, plan(box), items, numbers)
         self._opened = opened_by_default(box, _LIMIT, wanted) if depth is None else opened_to(box, depth)
 
@@ -109,6 +111,15 @@ class View:
             "words": list(words),
             "hint": _HINT,
         }
+
+    def with_facts(self, facts: Mapping[str, Sequence[tuple[str, str]]]) -> View:
+        """The same picture, whose panel says more.
+
+        Args:
+            facts: Node name to labels and texts, which come before what the panel says anyway.
+        """
+        items = [replace(item, facts=(*facts.get(item.key, ()), *item.facts)) for item in self.sketch.items]
+        return View(replace(self.sketch, items=tuple(items)), depth=self._depth)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Mapping[str, str]:
         shown = element("div", [sheet(STYLE), self.fragment(), sheet(SCRIPT)])
