@@ -73,7 +73,7 @@ def trace(
         model: Any module that torch.fx can follow; it is copied, in eval mode, and not changed.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
         example_kwargs: More inputs by name.
-        target: ``"tensorrt"``, a target file, or a Target.
+        target: ``"tensorrt"``, ``"tensorrt-fast"``, a target file, or a Target.
         recipe: What to quantize beyond the target's defaults.
         leaf_modules: Module types or paths that stay whole.
         concrete_args: Parameters of forward fixed to a value.
@@ -124,7 +124,7 @@ def prepare(
         example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
         example_kwargs: More inputs by name.
         recipe: Rules that change the target's placement; None for none.
-        target: ``"tensorrt"`` (default), a target file, or a Target.
+        target: ``"tensorrt"`` (default), ``"tensorrt-fast"``, a target file, or a Target.
         pipeline: What to run instead of :data:`fxq.passes.PREPARE`.
         leaf_modules: Module types or paths that stay whole, and float.
         concrete_args: Parameters of forward fixed to a value.
@@ -180,7 +180,7 @@ def prepare_qat(
         example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
         example_kwargs: More inputs by name.
         recipe: Rules that change the target's placement; None for none.
-        target: ``"tensorrt"`` (default), a target file, or a Target.
+        target: ``"tensorrt"`` (default), ``"tensorrt-fast"``, a target file, or a Target.
         scales: What moves the scales: a name in :data:`fxq.qat.POLICIES` or a :class:`fxq.qat.ScalePolicy`.
             ``"fixed"`` (default) needs :func:`calibrate` or :func:`fxq.qat.load_scales` before training; the others
             begin by themselves, and better after either.
@@ -529,7 +529,7 @@ def quantize(
         model: The float model; not changed.
         batches: Calibration data; its first batch serves as the example too.
         recipe: Rules that change the target's placement.
-        target: ``"tensorrt"``, a target file, or a Target.
+        target: ``"tensorrt"``, ``"tensorrt-fast"``, a target file, or a Target.
         max_batches: Stop calibration after so many.
         progress: Show a progress bar if stderr is a terminal.
 

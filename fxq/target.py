@@ -7,20 +7,21 @@ file and no code. ``backends/tensorrt.yaml`` is the one to read first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from importlib import resources
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from .errors import RecipeError, TargetError
 from .specs import QSpec, spec_from
+from .target_files import extended, read_target
 
 __all__ = ["ACTIONS", "POLICIES", "Heuristic", "OpPlacement", "Residual", "Target"]
 
 POLICIES: Final = ("skip", "none")
-ACTIONS: Final = ("advise", "exclude")
+ACTIONS: Final = ("advise", "exclude", "ignore")
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ class Heuristic:
         rule: Rule id.
         check: Name of the check in :mod:`fxq.passes.advise`.
         kinds: Op kinds that it looks at.
-        action: One of :data:`ACTIONS`: ``advise`` (quantize, and say so) or ``exclude``.
+        action: One of :data:`ACTIONS`: ``advise`` (quantize, and say so), ``exclude`` (leave float) or ``ignore``.
         reason: One sentence to give.
         parameters: The check's numbers.
+        versions: Versions of the backend that it holds for, as ``">=10.12,<12"``; empty (default) for all.
+        compute_capability: Compute capabilities of the GPU that it holds for, likewise.
 
     Raises:
-        TargetError: There is no such action.
+        TargetError: There is no such action, or a bound is none.
     """
 
     rule: str
@@ -87,9 +90,18 @@ class Heuristic:
     action: str
     reason: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    versions: str = ""
+    compute_capability: str = ""
 
     def __post_init__(self) -> None:
         _one_of(f"action of heuristic {self.rule}", self.action, ACTIONS)
+        for name in ("versions", "compute_capability"):
+            _bound(getattr(self, name), f"{name} of heuristic {self.rule}")
+
+    def holds(self, version: Version | None, compute_capability: Version | None) -> bool:
+        """Whether its bounds admit these; what is not known (None) is admitted."""
+        bounds = ((self.versions, version), (self.compute_capability, compute_capability))
+        return all(SpecifierSet(bound).contains(given, prereleases=True) for bound, given in bounds if given)
 
 
 @dataclass(frozen=True)
@@ -131,38 +143,53 @@ class Target:
         named = [self.residual.weighted, self.ties, *(h.kinds for h in self.heuristics)]
         return frozenset(self.ops).union(*named)
 
+    def at(self, version: str | None = None, compute_capability: str | None = None) -> Target:
+        """This target with the heuristics that hold for one version and one GPU.
+
+        Args:
+            version: The backend's version, such as ``"11.4"``; None (default) if it is not known.
+            compute_capability: The GPU's, such as ``"8.6"``; None (default) if it is not known.
+
+        Returns:
+            A target without the heuristics whose bounds exclude what is known.
+
+        Raises:
+            TargetError: That is no version.
+        """
+        known = _version(version, "version"), _version(compute_capability, "compute_capability")
+        return replace(self, heuristics=tuple(h for h in self.heuristics if h.holds(*known)))
+
     @classmethod
-    def load(cls, name: str | Path | Target) -> Target:
+    def load(
+        cls, name: str | Path | Target, *, version: str | None = None, compute_capability: str | None = None
+    ) -> Target:
         """A target by the name of one of fxq's own, or from a YAML file.
 
         Args:
-            name: ``"tensorrt"``, a path that ends in ``.yaml``, or a Target, which is returned.
+            name: ``"tensorrt"``, ``"tensorrt-fast"``, a path that ends in ``.yaml``, or a Target.
+            version: The backend's version, as for :meth:`at`.
+            compute_capability: The GPU's compute capability, as for :meth:`at`.
 
         Raises:
-            TargetError: There is no such target or its data is wrong.
+            TargetError: There is no such target, its data is wrong, or target files extend each other.
         """
-        if isinstance(name, Target):
-            return name
-        if str(name).endswith((".yaml", ".yml")):
-            return cls.from_data(_read(Path(name)), str(name))
-        folder = resources.files("fxq.backends")
-        known = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-        if str(name) not in known:
-            raise TargetError(f"unknown target {str(name)!r}", hint=f"use one of {', '.join(known)} or a .yaml file")
-        return cls.from_data(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")), str(name))
+        if not isinstance(name, Target):
+            name = cls.from_data(read_target(name), str(name))
+        return name if version is None and compute_capability is None else name.at(version, compute_capability)
 
     @classmethod
     def from_data(cls, data: Any, where: str) -> Target:
         """A target from plain data.
 
         Args:
-            data: The mapping that the YAML file holds.
+            data: The mapping that the YAML file holds; what it ``extends`` is read from there.
             where: What is being read, for messages.
 
         Raises:
             TargetError: The data is wrong.
         """
         try:
+            data = extended(data, where)
             _only(data, {f.name for f in fields(cls)}, where)
             activation, weight = spec_from(data["activation"], where), spec_from(data["weight"], where)
             if activation is None or weight is None:
@@ -183,16 +210,23 @@ class Target:
             ) from error
 
 
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TargetError(f"cannot read the target file {path}: {error}") from error
-
-
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise TargetError(f"{what} is {value!r}", hint=f"use one of {', '.join(known)}")
+
+
+def _bound(text: str, what: str) -> None:
+    try:
+        SpecifierSet(text)
+    except (InvalidSpecifier, TypeError, AttributeError) as error:
+        raise TargetError(f"{what} is {text!r}", hint='write it as ">=10.12,<12"') from error
+
+
+def _version(text: str | None, what: str) -> Version | None:
+    try:
+        return None if text is None else Version(text)
+    except (InvalidVersion, TypeError, AttributeError) as error:
+        raise TargetError(f"{what} is {text!r}, which is no version", hint='write it as "11.4" or "8.6"') from error
 
 
 def _only(data: Any, known: set[str], where: str) -> None:

@@ -145,8 +145,8 @@ parameters, and returns what it saw, or None."""
 class Advise(Pass):
     """Apply the target's kernel heuristics (R35 to R37, R40, R43) to quantized operations.
 
-    ``advise`` leaves the operation quantized and notes the rule; ``exclude`` makes it float. What a recipe
-    asked for is never excluded, but noted.
+    ``advise`` leaves the operation quantized and notes the rule; ``exclude`` makes it float; ``ignore`` does
+    nothing. What a recipe asked for is never excluded, but noted.
 
     Raises:
         TargetError: A heuristic names a check that does not exist, or parameters that the check does not
@@ -160,6 +160,8 @@ class Advise(Pass):
         target = state(editor.gm).target
         for heuristic in target.heuristics:
             _check(heuristic, target)
+            if heuristic.action == "ignore":
+                continue
             for node in editor.graph.nodes:
                 low = any(a.spec for edge, a in edge_annotations(node).items() if edge != "output")
                 if kind_name(node) in heuristic.kinds and low:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
     ("guards", "html", "layered", "optional", "plans", "sketch", "tables"),
-    ("recipe", "rules", "sarif", "specs", "target"),
+    ("recipe", "rules", "sarif", "specs", "target", "target_files"),
     (
         "buffers",
         "compiled_quantization",

@@ -168,3 +168,25 @@ def test_every_check_is_used_by_the_target() -> None:
 def test_a_model_without_quantized_operations() -> None:
     gm = before("advise", seeded(lambda: Lambda(lambda _, x: x.relu())), image(1, 4))
     assert not check_pass(Advise(), gm).modified
+
+
+def test_ignoring() -> None:
+    gm = prepared(lenet(), image(1, 1, 28, 28), target=with_action("ignore"))
+    assert notes(gm, "advice") == []
+    assert decided(gm, "conv1")[0] == "int8 per-tensor mse R20"
+
+
+def test_tensorrt_fast_leaves_what_does_not_pay_float() -> None:
+    model = after_relu(conv(32, 8), conv(8, 8), nn.ConvTranspose2d(8, 32, 3), conv(32, 32))
+    for target, expected in (
+        ("tensorrt", ["int8 R20", "int8 R20", "int8 R20", "int8 R20"]),
+        ("tensorrt-fast", ["int8 R20", "float R35", "float R43", "int8 R20"]),
+    ):
+        rows = fxq.report(fxq.prepare(model, image(1, 32, 8, 8), target=target)).rows
+        assert [f"{row.precision} {row.edges[0].rule}" for row in rows] == expected
+    product = Lambda2(lambda _, x, y: x @ y)
+    thin = (image(2, 1, 64), image(2, 64, 32))
+    assert [r.precision for r in fxq.report(fxq.prepare(product, thin)).rows] == ["int8"]
+    report = fxq.report(fxq.prepare(product, thin, target="tensorrt-fast"))
+    assert [(r.precision, r.edges[0].rule) for r in report.rows] == [("float", "R37")]
+    assert "R37" in str(report)
