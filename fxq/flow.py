@@ -576,18 +576,27 @@ def explain(gm: fx.GraphModule, where: str = "*") -> Explanation:
     return build_explanation(gm, where)
 
 
-def lint(path: str | Path) -> Findings:
-    """Check a Q/DQ network against TensorRT's rules.
+def lint(model: fx.GraphModule | str | Path) -> Findings:
+    """Check a quantized network against TensorRT's rules.
 
     Args:
-        path: An ONNX file from any tool.
+        model: An ONNX file from any tool; or a prepared, trained or converted graph, of which those rules are checked
+            that it can show (:func:`fxq.fx_lint.lint_graph`).
 
     Returns:
         Findings with rule, node, reason and fix; empty if the rules are kept.
+
+    Raises:
+        PassError: The GraphModule does not come from fxq.
+        FxqError: There is no such file, it holds no ONNX model, or the graph has no quantizers yet.
     """
+    if isinstance(model, fx.GraphModule):
+        from .fx_lint import lint_graph
+
+        return lint_graph(model)
     from .backends.onnx_lint import lint_onnx
 
-    return lint_onnx(path)
+    return lint_onnx(model)
 
 
 def predict(path: str | Path, *, library: str = "tensorrt") -> Prediction:

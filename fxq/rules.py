@@ -292,7 +292,7 @@ def checks(graph: GraphKind) -> tuple[Check, ...]:
     """The checks of one kind of graph, in the order of their registration.
 
     Args:
-        graph: ``onnx`` (registered by :mod:`fxq.backends.onnx_lint`) or ``fx``.
+        graph: ``onnx`` (registered by :mod:`fxq.backends.onnx_lint`) or ``fx`` (by :mod:`fxq.fx_lint`).
     """
     return tuple(c for c in _CHECKS if c.graph == graph)
 
@@ -329,8 +329,9 @@ def rules_as_markdown() -> str:
     head = """\
 # TensorRT's rules for explicit quantization
 
-The rules that fxq places quantizers by, cites in its reports and looks for in ONNX files. Printed by
-`python -m fxq.rules` from `fxq/rules.yaml`: change them there.
+The rules that fxq places quantizers by, cites in its reports and looks for in ONNX files; in its own graphs
+`fxq.lint` looks for R9, R10, R11, R20, R23, R27 and R29. Printed by `python -m fxq.rules` from
+`fxq/rules.yaml`: change them there.
 
 A finding is an **error** where TensorRT refuses the network, cannot run the layer as it is meant or computes
 something else, a **warning** where the network builds and loses speed or accuracy, and **advice** where it
