@@ -9,6 +9,7 @@ import pytest
 import torch
 from placing import Lambda, convert, node, of_kind
 from torch import Tensor, fx, nn
+from torchvision_models import torchvision_model
 from toys import basic_net, bottleneck_net, branches, image, lenet, preactivation_net, seeded
 
 import fxq
@@ -106,6 +107,11 @@ def test_nothing_is_found_where_fxq_placed(name: str) -> None:
     text = format_graph(gm)
     assert not both(gm), str(fxq.lint(gm))
     assert format_graph(gm) == text
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_nothing_is_found_on_real_networks(name: str) -> None:
+    assert not both(calibrated(torchvision_model(name), 2, 3, 64, 64))
 
 
 @pytest.mark.parametrize("name", ["basic", "preactivation", "branches"])
