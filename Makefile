@@ -18,10 +18,10 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help env demo test check golden clean
+.PHONY: help env demo test check golden notebooks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## create .venv with fxq (editable) and everything the demo and the tests need
 
@@ -51,6 +51,9 @@ test: check ## the whole suite: check, then pytest (PYTEST_ARGS='-k name' for a 
 
 golden: $(STAMP) ## rewrite tests/golden from what the code prints now; read the diff before committing it
 	$(BIN)/pytest -n $(JOBS) --golden-update $(PYTEST_ARGS)
+
+notebooks: $(STAMP) ## run the notebooks and keep their outputs
+	$(BIN)/python tests/support/execute_notebooks.py
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-out
