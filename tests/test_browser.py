@@ -24,6 +24,8 @@ import pytest
 from toys import bottleneck_net, image
 
 import fxq
+from fxq.html import Html
+from fxq.viewer import page as write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = (
@@ -227,6 +229,21 @@ def test_the_slider_goes_through_the_pipeline(browser: Any, tmp_path: Path) -> N
     assert len(visible(browser, ".fxq-view")) == 1
     click(browser, labelled(browser, "int8"))
     assert "added, after" in panel(browser, ".fxq-steps details:not([hidden]) .fxq-view")
+    assert errors(browser) == []
+
+
+def test_a_row_of_a_comparison_leads_to_its_node(browser: Any, tmp_path: Path) -> None:
+    model, x = bottleneck_net().eval(), image(4, 3, 16, 16)
+    comparison = fxq.compare(model, fxq.quantize(model, [x], progress=False), x)
+    write_page("comparison", [Html(comparison._repr_html_())], tmp_path / "comparison.html")
+    browser.get((tmp_path / "comparison.html").as_uri())
+    wait(lambda: browser.find_elements("css selector", ".fxq-view[data-live]"), 10)
+    row = comparison.drops(1)[0]
+    click(browser, browser.find_element("css selector", f"[data-node='{row.node}']"))
+    told = panel(browser)
+    assert row.node in told.splitlines()[0]
+    assert f"{row.sqnr:.1f} dB, {row.drop:.1f} dB below what it reads" in told
+    assert visible(browser, ".fxq-selected")
     assert errors(browser) == []
 
 
