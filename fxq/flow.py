@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import fx, nn
@@ -19,7 +20,7 @@ from .bias_correction import CORRECTIONS, Sampler, correct_biases
 from .calibration_report import CalibrationReport
 from .errors import CalibrationError, ConvertError, ExportError, RecipeError, TraceError
 from .explanations import Explanation, build_explanation
-from .graph import error_at, origin, state, tensor_info, update_state
+from .graph import edge_annotations, error_at, origin, state, tensor_info, update_state
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
 from .passes.annotate import matches
@@ -53,6 +54,11 @@ __all__ = [
     "solve",
     "trace",
 ]
+
+
+_LOG: Final = logging.getLogger(__name__)
+_TYPE_RULES: Final = frozenset({"R9", "R10", "R12", "R13"})
+_NAMED: Final = 3
 
 
 def trace(
@@ -445,7 +451,7 @@ def export(
                 "prepare model.float(), and name the type here: "
                 'fxq.export(..., compute_dtype="fp16" or "bf16") writes it into the file',
             )
-    return export_onnx(
+    written = export_onnx(
         quantized,
         held.example_args,
         dict(held.example_kwargs),
@@ -456,6 +462,21 @@ def export(
         output_names=output_names,
         typing=Typed(compute_dtype, keep_io_types, _islands(quantized, islands)),
     )
+    _say_what_cannot_run(quantized, written)
+    return written
+
+
+def _say_what_cannot_run(gm: fx.GraphModule, path: Path) -> None:
+    """Log which tensors of a file are in types that TensorRT does not run there: what is quantized for study."""
+    specs = (a.spec for node in gm.graph.nodes for a in edge_annotations(node).values() if a.spec is not None)
+    if {spec.qdtype.name for spec in specs} <= {"int8"}:
+        return
+    found = [finding for finding in lint(path) if finding.rule in _TYPE_RULES]
+    if found:
+        rules = ", ".join(sorted({finding.rule for finding in found}))
+        named = "; ".join(f"{finding.node}: {finding.message} ({finding.rule})" for finding in found[:_NAMED])
+        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        _LOG.warning("%s holds what TensorRT cannot run, by %s: %s%s", path.name, rules, named, more)
 
 
 def _islands(gm: fx.GraphModule, wanted: Sequence[Match]) -> dict[str, str]:
