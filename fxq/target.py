@@ -15,10 +15,10 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from .errors import RecipeError, TargetError
-from .specs import QSpec, spec_from
+from .specs import DTYPES, QSpec, spec_from
 from .target_files import extended, read_target
 
-__all__ = ["ACTIONS", "POLICIES", "Heuristic", "OpPlacement", "Residual", "Target"]
+__all__ = ["ACTIONS", "POLICIES", "Heuristic", "OpPlacement", "Refusal", "Residual", "Target"]
 
 POLICIES: Final = ("skip", "none")
 ACTIONS: Final = ("advise", "exclude", "ignore")
@@ -45,6 +45,39 @@ class OpPlacement:
     output: bool = False
     rule: str = "R20"
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Specs that the backend refuses in a file: those that agree with every field given here.
+
+    Attributes:
+        rule: Rule id.
+        reason: One sentence to give.
+        fix: What to write instead.
+        dtype: Name of a data type; None for any.
+        symmetric: Whether the zero point is 0; None for either.
+
+    Raises:
+        TargetError: It would refuse everything, or names an unknown data type.
+    """
+
+    rule: str
+    reason: str
+    fix: str
+    dtype: str | None = None
+    symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is None and not isinstance(self.symmetric, bool):
+            raise TargetError(f"refusal {self.rule} names no spec", hint="give dtype or symmetric: true or false")
+        if self.dtype is not None:
+            _one_of(f"dtype of refusal {self.rule}", self.dtype, tuple(DTYPES))
+
+    def meets(self, spec: QSpec) -> bool:
+        """Whether a complete spec is refused."""
+        same_type = self.dtype is None or spec.qdtype.name == self.dtype
+        return same_type and self.symmetric in (None, spec.symmetric)
 
 
 @dataclass(frozen=True)
@@ -116,6 +149,7 @@ class Target:
         residual: How residual additions are treated.
         ties: Op kinds whose inputs and output share one scale (R19, R27).
         heuristics: Shape rules.
+        refuses: Specs that a recipe may not ask for.
 
     Raises:
         TargetError: A default spec is incomplete.
@@ -128,6 +162,7 @@ class Target:
     residual: Residual = field(default_factory=Residual)
     ties: frozenset[str] = frozenset()
     heuristics: tuple[Heuristic, ...] = ()
+    refuses: tuple[Refusal, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("activation", "weight"):
@@ -202,6 +237,7 @@ class Target:
                 residual=_residual(data.get("residual", {}), where),
                 ties=frozenset(data.get("ties", ())),
                 heuristics=tuple(_heuristic(row, where) for row in data.get("heuristics", ())),
+                refuses=tuple(_refusal(row, where) for row in data.get("refuses", ())),
             )
         except (KeyError, TypeError, AttributeError, RecipeError) as error:
             raise TargetError(
@@ -252,3 +288,8 @@ def _residual(data: Mapping[str, Any], where: str) -> Residual:
 def _heuristic(row: Mapping[str, Any], where: str) -> Heuristic:
     _only(row, {f.name for f in fields(Heuristic)}, where)
     return Heuristic(**{**row, "kinds": frozenset(row["kinds"])})
+
+
+def _refusal(row: Mapping[str, Any], where: str) -> Refusal:
+    _only(row, {f.name for f in fields(Refusal)}, where)
+    return Refusal(**row)

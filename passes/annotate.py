@@ -16,7 +16,7 @@ from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule
 from ..target import OpPlacement, Target
 
-__all__ = ["SUMS", "Annotate", "applied", "governing", "matches", "quantized_edges"]
+__all__ = ["SUMS", "Annotate", "applied", "check_spec", "governing", "matches", "quantized_edges"]
 
 SUMS: Final = frozenset(("add",))
 """Op kinds whose edges :class:`~fxq.passes.residual_add.ResidualAdd` decides on, unless a recipe did."""
@@ -36,7 +36,8 @@ class Annotate(Pass):
     floating have nothing to quantize.
 
     Raises:
-        RecipeError: A rule matches nothing, or matches and changes nothing; a spec that the edge cannot have.
+        RecipeError: A rule matches nothing, or matches and changes nothing; a spec that the edge cannot
+            have, or that the target refuses.
         TargetError: The target names an op kind that does not exist.
     """
 
@@ -76,6 +77,8 @@ class Annotate(Pass):
             if chosen is None:
                 continue
             if chosen.spec is not None:
+                if used:
+                    check_spec(node, _words(edge), chosen.spec, chosen.reason, target)
                 chosen = replace(chosen, spec=_with_axis(node, edge, chosen.spec, placement))
             editor.annotate(node, edge.key, chosen)
         if placement is not None:
@@ -235,6 +238,34 @@ def _decide(
         chosen = Annotation(None if wish is None else wish.over(base), "recipe", reason, index)
         used.add(index)
     return chosen, used
+
+
+def _words(edge: _Edge) -> str:
+    return edge.role if edge.key == edge.role else f"{edge.role} {edge.key}"
+
+
+def check_spec(node: fx.Node, edge: str, spec: QSpec, why: str, target: Target) -> None:
+    """Stop at a spec of the recipe that the target refuses.
+
+    Args:
+        node: The operation.
+        edge: Its edge in words, such as ``input 0``.
+        spec: What the recipe asks for, complete.
+        why: The reason that the recipe's rule gives.
+        target: What the graph is prepared for.
+
+    Raises:
+        RecipeError: The target refuses it.
+    """
+    refusal = next((r for r in target.refuses if r.meets(spec)), None)
+    if refusal is not None:
+        raise error_at(
+            RecipeError,
+            f"{refusal.rule}: {edge} of {node.name} is to be {spec} ({why}), "
+            f"which target {target.name} refuses: {refusal.reason}",
+            node,
+            refusal.fix,
+        )
 
 
 def _with_axis(node: fx.Node, edge: _Edge, spec: QSpec, placement: OpPlacement | None) -> QSpec:

@@ -15,7 +15,7 @@ from ..ops import kind_name
 from ..passbase import Pass
 from ..recipe import QSpec
 from ..target import Target
-from .annotate import SUMS, applied
+from .annotate import SUMS, applied, check_spec
 
 __all__ = ["ResidualAdd", "longest_ways", "sources"]
 
@@ -88,6 +88,7 @@ def _annotation(add: fx.Node, edge: int, now: State, shared: bool) -> Annotation
     spec, priority, said = now.target.activation, -1, applied(add, "input", now.recipe)
     if said is not None and isinstance(said[1].edges.input, QSpec):
         priority, spec = said[0], said[1].edges.input.over(now.target.activation)
+        check_spec(add, f"input {edge}", spec, f"recipe rule {priority}, {said[1].text}", now.target)
         reason += f"; how is recipe rule {priority}'s, {said[1].text}"
     return Annotation(spec, "R24" if shared else "R23", reason, priority)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +34,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def calibrated(model: nn.Module, *shape: int, recipe: Recipe | None = None) -> fx.GraphModule:
-    gm = fxq.prepare(model, image(*shape), recipe=recipe)
+def calibrated(
+    model: nn.Module, *shape: int, recipe: Recipe | None = None, target: str | Path = "tensorrt"
+) -> fx.GraphModule:
+    gm = fxq.prepare(model, image(*shape), recipe=recipe, target=target)
     fxq.calibrate(gm, [image(*shape)], progress=False)
     return gm
 
@@ -257,12 +260,14 @@ def test_parameters_that_tensorrt_does_not_take(scale: float, zero_point: int, s
 
 
 @pytest.mark.parametrize(("spec", "rule"), [(QSpec(dtype="int16"), "R10"), (QSpec(symmetric=False), "R9")])
-def test_specs_that_tensorrt_does_not_take(spec: QSpec, rule: str) -> None:
+def test_specs_that_tensorrt_does_not_take(spec: QSpec, rule: str, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"  # prepares what tensorrt refuses, as a graph from elsewhere would hold it
+    study.write_text("name: study\nextends: tensorrt\nrefuses: []\n")
     recipe = Recipe([Rule("conv2", EdgeSpecs(input=spec))])
-    gm = calibrated(lenet(), 2, 1, 28, 28, recipe=recipe)
+    gm = calibrated(lenet(), 2, 1, 28, 28, recipe=recipe, target=study)
     found = both(gm)
     assert (rule, "error") in {(f.rule, f.severity) for f in found}, str(found)
-    fresh = fxq.lint(fxq.prepare(lenet(), image(2, 1, 28, 28), recipe=recipe))
+    fresh = fxq.lint(fxq.prepare(lenet(), image(2, 1, 28, 28), recipe=recipe, target=study))
     assert rule in {f.rule for f in fresh}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from placing import STUDY
 from torch import Tensor, fx, nn
 from toys import BasicBlock, basic_net, bottleneck_net, branches, lenet, preactivation_net, seeded
 
@@ -314,11 +315,11 @@ def test_fewer_bits_train_and_convert(name: str, scales: str) -> None:
 def test_other_arithmetic_trains_by_the_general_way(spec: fxq.QSpec) -> None:
     recipe = fxq.Recipe([fxq.Rule("*", fxq.EdgeSpecs(input=spec, weight=spec))])
     for scales in ("fixed", "moving-average"):
-        gm = trained(prepared("basic", scales, recipe=recipe)).eval()
+        gm = trained(prepared("basic", scales, recipe=recipe, target=STUDY)).eval()
         with torch.no_grad():
             assert torch.equal(gm(batch(seed=5)), fxq.convert(gm)(batch(seed=5)))
     with pytest.raises(RecipeError, match="cannot be learned"):
-        fxq.prepare_qat(basic_net(), batch(), scales="learned", recipe=recipe)
+        fxq.prepare_qat(basic_net(), batch(), scales="learned", recipe=recipe, target=STUDY)
 
 
 def test_layers_that_stay_float_fold_their_norm_all_the_same() -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from golden import check_golden
-from placing import Lambda, Lambda2, convert, prepared
+from placing import STUDY, Lambda, Lambda2, convert, prepared
 from torch import Tensor, fx, nn
 from toys import basic_net, image, lenet, seeded, traced
 
@@ -190,7 +190,7 @@ def test_half_an_operation_is_float() -> None:
 
 def test_mixed_data_types() -> None:
     recipe = Recipe([Rule("fc", EdgeSpecs(input=QSpec("uint8", symmetric=False), weight=QSpec("int4")))])
-    report = fxq.report(prepared(basic_net(), image(*X), recipe=recipe))
+    report = fxq.report(prepared(basic_net(), image(*X), recipe=recipe, target=STUDY))
     assert row(report, "fc").precision == "uint8/int4"
 
 
@@ -263,7 +263,7 @@ def test_bytes_of_other_types(dtype: str, size: int) -> None:
     """Types of 4 bits are counted packed, as they are in a file (R12)."""
     recipe = Recipe([Rule("*", EdgeSpecs(weight=QSpec(dtype, granularity="per-tensor")))])
     model = seeded(lambda: nn.Sequential(nn.Linear(10, 8, bias=False)))
-    totals = fxq.report(prepared(model, image(2, 10), recipe=recipe)).totals
+    totals = fxq.report(prepared(model, image(2, 10), recipe=recipe, target=STUDY)).totals
     assert (totals.float_bytes, totals.bytes) == (320, size + 4)
 
 

@@ -126,6 +126,12 @@ WRONG: dict[str, tuple[Any, str]] = {
         data(heuristics=[{**HEURISTIC, "params": {}}]),
         "nothing is called params",
     ),
+    "a refusal of everything": (data(refuses=[{"rule": "R9", "reason": "why", "fix": "how"}]), "names no spec"),
+    "a refusal of no type": (
+        data(refuses=[{"rule": "R9", "reason": "why", "fix": "how", "dtype": "int7"}]),
+        "dtype of refusal R9 is 'int7'",
+    ),
+    "an unknown key of a refusal": (data(refuses=[{"rule": "R9", "types": []}]), "nothing is called types"),
     "a list": ([1, 2], "nothing is called 1, 2"),
     "nothing": (None, "not a target"),
     "text": ("tensorrt", "nothing is called"),

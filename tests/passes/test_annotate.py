@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from placing import (
+    STUDY,
     Lambda,
     Lambda2,
     annotated,
@@ -418,3 +419,40 @@ def test_governing_annotation() -> None:
     assert found is not None
     assert (found.priority, found.spec and found.spec.calibration.name) == (0, "max")
     assert governing(node(gm, "pool")) is None
+
+
+REFUSED = {
+    "asymmetric input": (EdgeSpecs(input=QSpec(symmetric=False)), "R9: input 0 of conv1", "symmetric=True"),
+    "asymmetric weight": (EdgeSpecs(weight=QSpec(symmetric=False)), "R9: weight 1 of conv1", "symmetric=True"),
+    "asymmetric output": (EdgeSpecs(output=QSpec(symmetric=False)), "R9: output of conv1", "symmetric=True"),
+    "uint8": (EdgeSpecs(input=QSpec("uint8")), "R10: input 0 of conv1", "dtype int8"),
+    "symmetric uint8": (EdgeSpecs(input=QSpec("uint8", symmetric=True)), "R10: input 0 of conv1", "dtype int8"),
+    "every edge": (QSpec(symmetric=False), "R9: input 0 of conv1", "symmetric=True"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-fast"])
+def test_specs_that_the_target_refuses(case: str, target: str) -> None:
+    edges, message, hint = REFUSED[case]
+    with pytest.raises(RecipeError) as caught:
+        prepared(lenet(), image(*DIGITS), recipe=rules(Rule("conv1", edges)), target=target)
+    assert caught.value.message.startswith(message)
+    assert f"which target {target} refuses" in caught.value.message
+    assert (caught.value.node, caught.value.module_path) == ("conv1", "conv1")
+    assert "toys.py:" in str(caught.value.source)
+    assert hint in str(caught.value.hint)
+    assert prepared(lenet(), image(*DIGITS), recipe=rules(Rule("conv1", edges)), target=STUDY) is not None
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int2", "int16", "float8_e4m3fn"])
+def test_other_types_are_simulated(dtype: str) -> None:
+    gm = prepared(lenet(), image(*DIGITS), recipe=rules(Rule("conv1", QSpec(dtype))))
+    assert decided(gm, "conv1")[0].startswith(f"{dtype} per-tensor")
+
+
+def test_a_refused_skip() -> None:
+    with pytest.raises(RecipeError, match="R10"):
+        prepared(basic_net(), image(2, 3, 16, 16), recipe=rules(Rule("op:add", EdgeSpecs(input=QSpec("uint8")))))
+    with pytest.raises(RecipeError, match="R10"):
+        prepared(basic_net(), image(2, 3, 16, 16), recipe=rules(Rule("op:add", QSpec("uint8"))))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placing import (
     MAX,
+    STUDY,
     Lambda,
     activation_quantizers,
     check_pass,
@@ -118,7 +119,7 @@ SPECS: dict[str, tuple[QSpec, QSpec]] = {
 def test_nothing_assumes_int8_or_a_zero_zero_point(name: str) -> None:
     activation, weight = SPECS[name]
     recipe = Recipe([Rule("op:conv2d", EdgeSpecs(input=activation, weight=weight))])
-    gm = calibrated(basic_net(), image(*X), recipe=recipe)
+    gm = calibrated(basic_net(), image(*X), recipe=recipe, target=STUDY)
     quantized = bit_equal(gm, image(*X, seed=1))
     first = node(quantized, "x_quantize")
     held, spec = tensor_info(first), edge_annotations(node(quantized, "stem_1"))[0].spec
@@ -144,7 +145,7 @@ def test_nothing_assumes_int8_or_a_zero_zero_point(name: str) -> None:
 def test_any_spec_on_any_edge(dtype: str, symmetric: bool, output: bool, seed: int) -> None:
     spec = QSpec(dtype, symmetric or dtype.startswith("float"), "per-tensor", "max")
     recipe = Recipe([Rule("*", spec), *([Rule("op:relu", EdgeSpecs(output=spec))] if output else [])])
-    gm = calibrated(branches(), image(*X, seed=seed), recipe=recipe)
+    gm = calibrated(branches(), image(*X, seed=seed), recipe=recipe, target=STUDY)
     bit_equal(gm, image(*X, seed=seed + 1))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from placing import (
+    STUDY,
     Lambda,
     Lambda2,
     activation_quantizers,
@@ -116,7 +117,7 @@ def shared_input() -> nn.Module:
 def test_the_later_rule_decides_on_a_shared_tensor(order: tuple[str, str]) -> None:
     specs = {"a": QSpec(method="entropy"), "b": QSpec(dtype="uint8", symmetric=False, method="max")}
     recipe = Recipe([Rule(name, EdgeSpecs(input=specs[name])) for name in order])
-    gm = prepared(shared_input(), image(*X), recipe=recipe)
+    gm = prepared(shared_input(), image(*X), recipe=recipe, target=STUDY)
     assert activation_quantizers(gm) == ["x"]
     held = quantizers(gm)["x"].spec
     assert (held.qdtype.name, held.calibration.name) == {"b": ("uint8", "max"), "a": ("int8", "entropy")}[order[1]]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from placing import MAX, Lambda, before, check_pass, convert, node, notes, prepared, reads
+from placing import MAX, STUDY, Lambda, before, check_pass, convert, node, notes, prepared, reads
 from torch import Tensor, fx, nn
 from toys import image, seeded
 
@@ -184,12 +184,12 @@ def test_weights_are_not_tied() -> None:
 
 def test_different_data_types_share_no_scale() -> None:
     recipe = Recipe([Rule("c", EdgeSpecs(input=QSpec(dtype="uint8", symmetric=False)))])
-    gm = prepared(model(concat), image(*X), recipe=recipe)
+    gm = prepared(model(concat), image(*X), recipe=recipe, target=STUDY)
     assert grouped(gm) == [["relu", "mul"]]
     assert ties(gm)["cat"] is None
     assert [(n.node, n.rule) for n in notes(gm)] == [("cat", "R27")]
     assert "uint8 asymmetric per-tensor" in notes(gm)[0].text
-    result = check_pass(TieScales(), before("tie-scales", model(concat), image(*X), recipe=recipe))
+    result = check_pass(TieScales(), before("tie-scales", model(concat), image(*X), recipe=recipe, target=STUDY))
     assert result.counts == {"annotated": 2}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -20,10 +21,14 @@ from fxq.passes import PREPARE, Annotate, ConvertQuantizers
 from fxq.printer import format_graph
 from fxq.quantizer import Mode, Quantizer
 from fxq.recipe import QSpec, Recipe, Rule
+from fxq.target import Target
 from fxq.verify import is_quantizer, verify
 
 MAX: Final = Recipe([Rule("*", QSpec(method="max"))])
 """What is quantized by default is calibrated by its extreme values, which is exact on one batch."""
+
+STUDY: Final = replace(Target.load("tensorrt"), refuses=())
+"""TensorRT's placement, with specs in simulation that TensorRT itself refuses."""
 
 
 class Lambda(nn.Module):
@@ -55,9 +60,11 @@ def upto(name: str, pipeline: Pipeline = PREPARE) -> tuple[Pass, ...]:
     return pipeline.passes[: names.index(name)]
 
 
-def before(name: str, model: nn.Module, *args: Any, recipe: Recipe | None = None) -> fx.GraphModule:
+def before(
+    name: str, model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt"
+) -> fx.GraphModule:
     """The graph that pass `name` of fxq.prepare gets."""
-    return after(upto(name), model, *args, recipe=recipe)
+    return after(upto(name), model, *args, recipe=recipe, target=target)
 
 
 def annotated(model: nn.Module, *args: Any, recipe: Recipe | None = None) -> fx.GraphModule:

@@ -51,16 +51,21 @@ def traced(
     *args: Any,
     recipe: Recipe | None = None,
     options: dict[str, Any] | None = None,
+    target: Any = "tensorrt",
     **kwargs: Any,
 ) -> fx.GraphModule:
     """The traced graph of `model` on these inputs; `options` go to the tracer."""
     inputs = example_arguments(args, kwargs)
-    return trace_model(model, *inputs, target=Target.load("tensorrt"), recipe=recipe or Recipe(), **(options or {}))
+    return trace_model(model, *inputs, target=Target.load(target), recipe=recipe or Recipe(), **(options or {}))
 
 
-def after(passes: Sequence[Pass], model: nn.Module, *args: Any, recipe: Recipe | None = None) -> fx.GraphModule:
+def after(
+    passes: Sequence[Pass], model: nn.Module, *args: Any, recipe: Recipe | None = None, target: Any = "tensorrt"
+) -> fx.GraphModule:
     """The traced graph of `model` after these passes, run by the manager that verifies each of them."""
-    return PassManager().run(Pipeline("test", tuple(passes)), traced(model, *args, recipe=recipe), inplace=True)
+    return PassManager().run(
+        Pipeline("test", tuple(passes)), traced(model, *args, recipe=recipe, target=target), inplace=True
+    )
 
 
 def plain_state(gm: fx.GraphModule, *properties: str) -> fx.GraphModule:
