@@ -134,7 +134,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch's exporter needs to know about fxq's operators; zero points get their types afterwards."""
     from onnxscript import opset18 as op
 
-    def quantize(x: Any, scale: Any, zero_point: Any, axis: int | None = None, dtype: str = "int8") -> Any:  # noqa: ARG001 - the operator's signature
+    # The exporter passes every argument of the operator by name; `dtype` is written afterwards, by type_zero_points.
+    def quantize(x: Any, scale: Any, zero_point: Any, axis: int | None = None, dtype: str = "int8") -> Any:  # noqa: ARG001
         attributes = {} if axis is None else {"axis": axis}
         return op.QuantizeLinear(x, scale, zero_point, **attributes)
 

@@ -134,4 +134,4 @@ def _timed(call: Callable[[], Any], count: int, device: torch.device) -> list[fl
 
 
 def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch annotates it in part
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # Event.__new__ has no annotations in torch

@@ -222,4 +222,4 @@ class Session:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch annotates it in part
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # Stream.__new__ has no annotations in torch

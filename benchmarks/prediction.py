@@ -9,6 +9,7 @@ is set up.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -65,9 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", default=",".join(NETWORKS))
     args = parser.parse_args()
-    try:
-        import tensorrt  # noqa: F401 - only whether it is there
-    except ImportError:
+    if importlib.util.find_spec("tensorrt") is None:
         import trt_cpu
 
         trt_cpu.load()

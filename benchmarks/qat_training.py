@@ -31,7 +31,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> 
     return 100 * right / len(labels)
 
 
-def train(  # noqa: PLR0913 - what a training run is made of
+def train(  # noqa: PLR0913 - keyword-only hyperparameters of one run, none with a default worth hiding
     model: nn.Module,
     images: Tensor,
     labels: Tensor,

@@ -81,9 +81,10 @@ class ZooModel:
 
     def inputs(self, count: int, seed: int) -> Tensor:
         """`count` structured images, or clips whose frames pan over one image each."""
-        if self.family != "video":
-            return images.synthetic(count, self.shape, seed)  # type: ignore[arg-type]
-        channels, frames, height, width = self.shape
+        channels, *clip_length, height, width = self.shape
+        if not clip_length:
+            return images.synthetic(count, (channels, height, width), seed)
+        frames = clip_length[0]
         wide = images.synthetic(count, (channels, height + frames, width + frames), seed)
         clip = [wide[:, :, t : t + height, t : t + width] for t in range(frames)]
         return torch.stack(clip, dim=2)

@@ -77,7 +77,8 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for JSON; infinities as strings."""
         plain = {"samples": self.samples, "rows": [dataclasses.asdict(row) for row in self.rows]}
-        return pytree.tree_map(plain_number, plain)  # type: ignore[no-any-return]
+        found: dict[str, Any] = pytree.tree_map(plain_number, plain)
+        return found
 
     @property
     def _title(self) -> str:

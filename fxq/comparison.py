@@ -117,7 +117,8 @@ class Comparison:
             runtime = [{**dataclasses.asdict(row), "dtype": str(row.dtype)} for row in self.runtime]
         rows = [dataclasses.asdict(row) for row in self.rows]
         plain = {"samples": self.samples, "rows": rows, "runtime": runtime}
-        return pytree.tree_map(plain_number, plain)  # type: ignore[no-any-return]
+        found: dict[str, Any] = pytree.tree_map(plain_number, plain)
+        return found
 
     def __str__(self) -> str:
         return "\n".join([*self._summary(), "", self.table(self.drops(), "where most is lost")])
