@@ -9,25 +9,11 @@ from __future__ import annotations
 from . import calibration_io, notebook_display, passes, pictures, qat
 from .ablation import sensitivity
 from .comparison import compare
+from .deployment import build, engine_report, export, lint, load_engine, predict
 from .editor import Editor
 from .errors import FxqError
-from .flow import (
-    build,
-    calibrate,
-    convert,
-    engine_report,
-    explain,
-    export,
-    lint,
-    load_engine,
-    predict,
-    prepare,
-    prepare_qat,
-    quantize,
-    report,
-    solve,
-    trace,
-)
+from .explanations import explain
+from .flow import calibrate, convert, prepare, prepare_qat, quantize, solve, trace
 from .graph import Annotation
 from .graph_diff import diff
 from .manager import PassManager, Pipeline
@@ -35,6 +21,7 @@ from .methods import score_methods
 from .passbase import Pass, PassResult
 from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
+from .reports import report
 from .rewriting import RewritePass
 from .steps import Steps
 from .target import Target

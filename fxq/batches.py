@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .errors import CalibrationError
 from .graph import STATE, State
 
-__all__ = ["Inputs", "each_batch", "limited", "misfit", "model_inputs", "moved", "random_batches"]
+__all__ = ["Inputs", "each_batch", "limited", "misfit", "model_inputs", "moved", "random_batches", "watched"]
 
 
 class Inputs(NamedTuple):
@@ -115,6 +116,26 @@ def moved(inputs: Inputs, device: torch.device | None) -> Inputs:
         return leaf
 
     return Inputs(*pytree.tree_map(move, tuple(inputs)))
+
+
+@contextmanager
+def watched(model: nn.Module, *watchers: Callable[[Inputs], object]) -> Iterator[None]:
+    """Hand what the model is called with, as it came, to each of the watchers first.
+
+    Args:
+        model: Any module; it is as it was after the block.
+        watchers: What to call with the arguments of each call.
+    """
+
+    def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for watcher in watchers:
+            watcher(Inputs(args, kwargs))
+
+    hook = model.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def misfit(model: nn.Module, batch: Any, error: Exception) -> CalibrationError | None:

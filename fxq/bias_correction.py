@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .batches import Inputs
 from .graph import attribute, tensor_info
 from .ops import kind_name
 from .qdq import fake_quantize
-from .quantizer import Quantizer
+from .quantizer import Quantizer, submodule_name
 
-__all__ = ["CORRECTIONS", "Sampler", "correct_biases"]
+__all__ = ["CORRECTIONS", "Sampler", "correct_biases", "store_corrections"]
 
 CORRECTIONS: Final = "bias_corrections"
 """Module of a prepared graph that holds a buffer for each operation whose bias is to be corrected."""
@@ -121,6 +121,20 @@ def correct_biases(gm: fx.GraphModule, batches: Sequence[Inputs]) -> dict[str, T
             if last[source] is node:
                 del values[source]
     return found
+
+
+def store_corrections(prepared: fx.GraphModule, corrections: Mapping[str, Tensor]) -> None:
+    """Keep in a prepared graph what its biases are to gain; an empty mapping takes earlier corrections away.
+
+    Args:
+        prepared: The graph; its module :data:`CORRECTIONS` is replaced.
+        corrections: What :func:`correct_biases` gave.
+    """
+    holder = nn.Module()
+    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    for name, correction in corrections.items():
+        holder.register_buffer(submodule_name(name), correction.to(device, copy=True))
+    prepared.add_module(CORRECTIONS, holder)
 
 
 def _placeholders(gm: fx.GraphModule, inputs: Inputs) -> Iterator[Any]:

@@ -111,18 +111,19 @@ def quantize(
 
     Example: fxq quantize net.py:build net.onnx --data net.py:loader
     """
-    from . import flow
+    import fxq
+
     from .entry_points import load_batches, load_model
     from .recipe import Recipe
 
     if data is None:
         raise FxqError("there is no calibration data", hint="add --data module:name, or --data samples.npy")
     rules = Recipe.from_yaml(recipe) if recipe is not None else None
-    quantized = flow.quantize(
+    quantized = fxq.quantize(
         load_model(model), load_batches(data, batch_size), recipe=rules, target=target, max_batches=max_batches
     )
-    typer.echo(str(flow.report(quantized)))
-    path = flow.export(quantized, output, dynamic_shapes=None if static else "batch", opset=opset)
+    typer.echo(str(fxq.report(quantized)))
+    path = fxq.export(quantized, output, dynamic_shapes=None if static else "batch", opset=opset)
     typer.echo(f"wrote {path}")
 
 
@@ -138,10 +139,11 @@ def lint(
 
     Example: fxq lint net.onnx --format sarif -o net.sarif
     """
-    from . import flow
+    import fxq
+
     from .sarif import findings_as_sarif
 
-    found = flow.lint(path)
+    found = fxq.lint(path)
     if form is LintFormat.TEXT:
         text = str(found)
     else:
@@ -174,9 +176,9 @@ def build(
 
     Example: fxq build net.onnx net.engine --timing-cache timings.cache
     """
-    from . import flow
+    import fxq
 
-    built = flow.build(
+    built = fxq.build(
         path,
         engine,
         profiles=_profiles(profile or []),
@@ -217,15 +219,15 @@ def report(
 
     Example: fxq report net.onnx --engine inspector.json --format html -o report.html
     """
-    from . import flow
+    import fxq
 
     if engine is None:
         if form is ReportFormat.HTML:
             raise FxqError("a prediction has no HTML", hint="add --engine, or use --format text or json")
-        prediction = flow.predict(path)
+        prediction = fxq.predict(path)
         _give(json.dumps(prediction.to_dict(), indent=1) if form is ReportFormat.JSON else str(prediction), output)
         return
-    found = flow.engine_report(engine, path)
+    found = fxq.engine_report(engine, path)
     if form is ReportFormat.JSON:
         text = json.dumps(found.to_dict(), indent=1)
     else:

@@ -24,7 +24,7 @@ from .reports import stage_of, warnings_of
 from .target import Target
 from .verify import is_dequantized, quantizer_of
 
-__all__ = ["EdgeReason", "Explanation", "build_explanation"]
+__all__ = ["EdgeReason", "Explanation", "explain"]
 
 _WIDTH: Final = 120
 _SHOWN: Final = 12
@@ -134,16 +134,23 @@ def _lines(edge: EdgeReason, width: int) -> Iterator[str]:
             yield from textwrap.wrap(head + text, width, subsequent_indent="      ", break_long_words=False)
 
 
-def build_explanation(gm: fx.GraphModule, where: str = "*") -> Explanation:
-    """The explanation of a graph from fxq.
+def explain(gm: fx.GraphModule, where: str = "*") -> Explanation:
+    """Why each edge is quantized or float: rule, sentence, and what a float residual addition lacked.
+
+    Where :func:`fxq.report` sums a graph up, this goes edge by edge: all that have a quantizer, and all that a reader
+    would expect to have one (inputs of convolutions, matrix products, additions, concatenations, pools,
+    multiplications, norms and activations).
 
     Args:
         gm: A prepared, trained or converted graph.
-        where: A glob over module paths, or ``op:`` and a glob over kinds.
+        where: A glob over module paths or ``op:kind``, as in a recipe rule: ``"layer1.*"``, ``"op:add"``.
+
+    Returns:
+        The edges in graph order; print it, or take ``to_dict()``.
 
     Raises:
-        PassError: Nothing is placed in the graph yet.
-        RecipeError: Nothing matches `where`.
+        PassError: Nothing is placed in the graph yet: it was traced and no more.
+        RecipeError: Nothing in the graph matches `where`.
     """
     held = state(gm)
     if "annotated" not in held.properties:

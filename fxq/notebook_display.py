@@ -13,7 +13,7 @@ from torch import fx
 
 from . import html
 from .graph import has_state, origin
-from .reports import build_report
+from .reports import report
 
 __all__ = ["graph_html", "register"]
 
@@ -26,11 +26,11 @@ def graph_html(gm: fx.GraphModule) -> str | None:
     """
     if not has_state(gm):
         return None
-    report = build_report(gm)
+    found = report(gm)
     model = next((o.module_types[0].__name__ for o in map(origin, gm.graph.nodes) if o.module_types), "graph")
     nodes = f"{len(gm.graph.nodes)} nodes. fxq.view(gm) draws them, fxq.report(gm) says what is quantized and why."
-    title = f"{model}: {report.stage} for {report.target}"
-    return html.card(title, [*report.summary_html(), html.element("p", nodes), *report.notes_html()])
+    title = f"{model}: {found.stage} for {found.target}"
+    return html.card(title, [*found.summary_html(), html.element("p", nodes), *found.notes_html()])
 
 
 def register() -> None:

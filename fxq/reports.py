@@ -18,7 +18,7 @@ from .graph import Note, state
 from .placement import EdgeRow, OpRow, Totals, count, operations
 from .tables import plain_console
 
-__all__ = ["EdgeRow", "OpRow", "Report", "Totals", "build_report", "stage_of", "warnings_of"]
+__all__ = ["EdgeRow", "OpRow", "Report", "Totals", "report", "stage_of", "warnings_of"]
 
 _WIDTH: Final = 120
 _NARROWEST: Final = 80
@@ -120,8 +120,8 @@ class Report:
         return html.card(f"{self.stage} for {self.target}", [*self.summary_html(), operations, *self.notes_html()])
 
 
-def build_report(gm: fx.GraphModule) -> Report:
-    """The report on a graph from fxq.
+def report(gm: fx.GraphModule) -> Report:
+    """What is quantized in `gm`, where, by which rule, and what is not and why.
 
     Args:
         gm: A traced, prepared or converted graph.

@@ -80,7 +80,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "calibration_io",
         "comparison",
+        "deployment",
         "depiction",
+        "export_checks",
         "flow",
         "fx_lint",
         "graph_diff",

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import fxq
+from fxq.flow import TraceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = sorted(
@@ -46,6 +47,16 @@ def test_all_is_all_there_is() -> None:
 def test_every_name_is_documented() -> None:
     silent = [name for name in fxq.__all__ if callable(getattr(fxq, name)) and not inspect.getdoc(getattr(fxq, name))]
     assert silent == []
+
+
+def test_what_prepare_hands_on_is_what_trace_takes() -> None:
+    """An option that `trace` gains is to reach the user of `prepare` too, under its name and type."""
+    takes = inspect.signature(fxq.trace).parameters.values()
+    options = {p.name: p.annotation for p in takes if p.kind is p.KEYWORD_ONLY and p.name not in ("target", "recipe")}
+    assert TraceOptions.__annotations__.keys() == options.keys()
+    assert {name: hint.__forward_arg__ for name, hint in TraceOptions.__annotations__.items()} == options
+    for door in (fxq.prepare, fxq.prepare_qat):
+        assert all(f"``{name}``" in (door.__doc__ or "") for name in options), door.__name__
 
 
 def test_no_room_has_the_name_of_an_export() -> None:

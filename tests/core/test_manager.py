@@ -23,7 +23,7 @@ from fxq.passes import CONVERT, PREPARE, Annotate, ConvertQuantizers, DropIdenti
 from fxq.printer import format_graph
 from fxq.quantizer import quantizers
 from fxq.recipe import Recipe, Rule
-from fxq.reports import build_report
+from fxq.reports import report
 
 X = (2, 3, 16, 16)
 
@@ -307,7 +307,7 @@ def visits(length: int) -> dict[str, float]:
         quantizer.set_parameters(torch.ones(channels), torch.zeros(channels, dtype=torch.int32))
     pipeline = Pipeline("one", (ConvertQuantizers(),))
     steps = {"convert-quantizers": partial(PassManager().run, pipeline, gm, inplace=True)}
-    steps |= {"format_graph": partial(format_graph, gm), "report": partial(build_report, gm)}
+    steps |= {"format_graph": partial(format_graph, gm), "report": partial(report, gm)}
     return counted | {name: calls_of(step) / len(gm.graph.nodes) for name, step in steps.items()}
 
 

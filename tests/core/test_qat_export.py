@@ -60,10 +60,10 @@ def test_export_says_what_tensorrt_cannot_run(tmp_path: Path, caplog: pytest.Log
     x = image(4, 3, 16, 16)
     four = fxq.quantize(basic_net(), [x], recipe=fxq.Recipe([fxq.Rule("fc", fxq.QSpec("int4"))]), progress=False)
     fxq.export(four, tmp_path / "four.onnx")
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "fxq.flow"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "fxq.export_checks"]
     assert "four.onnx holds what TensorRT cannot run" in said
     assert "R12" in said
     assert "flatten" in said
     caplog.clear()
     fxq.export(fxq.quantize(basic_net(), [x], progress=False), tmp_path / "eight.onnx")
-    assert [record for record in caplog.records if record.name == "fxq.flow"] == []
+    assert [record for record in caplog.records if record.name == "fxq.export_checks"] == []

@@ -17,7 +17,7 @@ from fxq.calibration import calibrate
 from fxq.placement import EdgeRow, OpRow, Totals
 from fxq.quantizer import quantizers
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
-from fxq.reports import Report, build_report
+from fxq.reports import Report
 
 X = (2, 3, 16, 16)
 
@@ -329,7 +329,7 @@ def test_plain_data() -> None:
 
 
 def test_views() -> None:
-    report = build_report(converted())
+    report = fxq.report(converted())
     assert [r.node for r in report.skips] == ["blocks_0_add", "blocks_1_add"]
     assert len(report.weighted) == 7
 
