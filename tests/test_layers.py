@@ -87,6 +87,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "fx_lint",
         "graph_diff",
         "notebook_display",
+        "quantized_graph",
         "steps",
         "viewer",
     ),
