@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from . import calibration_io, notebook_display, passes, pictures, qat
 from .ablation import sensitivity
-from .comparison import compare
 from .deployment import build, engine_report, export, lint, load_engine, predict
 from .editor import Editor
 from .errors import FxqError
@@ -23,6 +22,7 @@ from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
 from .reports import report
 from .rewriting import RewritePass
+from .side_by_side import compare
 from .steps import Steps
 from .target import Target
 from .viewer import View, view

@@ -88,6 +88,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "graph_diff",
         "notebook_display",
         "quantized_graph",
+        "side_by_side",
         "steps",
         "viewer",
     ),
