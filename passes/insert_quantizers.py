@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from ..editor import Editor
@@ -22,10 +23,11 @@ __all__ = ["InsertQuantizers"]
 class InsertQuantizers(Pass):
     """Put one quantizer on each tensor that an annotated edge reads.
 
-    Rewrite: the quantizer goes right behind the tensor, under ``quantizers.<tensor>`` and named after it;
-    edges that are annotated read it, others keep reading the float tensor. A quantized output is read by
-    everyone through the quantizer. One tensor has one quantizer (R29): where edges ask for different specs,
-    the one from the later recipe rule holds; a tensor that has a quantizer keeps it.
+    Rewrite: the quantizer goes right behind the tensor, under ``quantizers.<tensor>`` and named after it, on the
+    device of the model's first parameter; edges that are annotated read it, others keep reading the float
+    tensor. A quantized output is read by everyone through the quantizer. One tensor has one quantizer (R29):
+    where edges ask for different specs, the one from the later recipe rule holds; a tensor that has a quantizer
+    keeps it.
 
     Raises:
         TraceError: The model has an attribute of its own that is called ``quantizers``.
@@ -72,7 +74,9 @@ def _new_quantizer(editor: Editor, tensor: fx.Node, annotation: Annotation) -> f
     assert spec is not None
     weight = constant(tensor) is not None
     path = f"{QUANTIZERS}.{submodule_name(tensor.name)}"
-    editor.set_module(path, Quantizer(spec, tensor=tensor.name, axis=spec.axis, tie=annotation.tie, weight=weight))
+    made = Quantizer(spec, tensor=tensor.name, axis=spec.axis, tie=annotation.tie, weight=weight)
+    device = next((p.device for p in editor.gm.parameters()), torch.device("cpu"))
+    editor.set_module(path, made.to(device))
     with editor.after(tensor):
         return editor.call_module(path, (tensor,), like=tensor, name=f"{tensor.name}_quantizer")
 

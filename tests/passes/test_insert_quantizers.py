@@ -50,6 +50,13 @@ def test_golden_and_second_run() -> None:
     assert "observed" in state(result.graph_module).properties
 
 
+def test_quantizers_are_made_where_the_model_is() -> None:
+    gm = before("insert-quantizers", branches(), image(*X)).to("meta")
+    made = quantizers(InsertQuantizers()(gm).graph_module)
+    assert len(made) == 7
+    assert {t.device.type for quantizer in made.values() for t in quantizer.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize("build", [basic_net, branches])
 def test_observing_changes_no_value(build: object) -> None:
     model = build()  # type: ignore[operator]
