@@ -16,16 +16,14 @@ import torch
 from torch import fx, nn
 
 from .graph import SEQUENCE, origin
+from .module_table import IDENTITY_MODULES, MODULES, ModuleSpelling
 from .op_table import (
     FUNCTIONS,
-    IDENTITY_MODULES,
     INPLACE,
     KIND_OF,
     KINDS,
     METHODS,
-    MODULES,
     REQUIRED,
-    ModuleSpelling,
     OpKind,
     Spelling,
 )

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "weight_batch",
     ),
     ("histogram_observer", "moving_average", "observer_base", "observers", "quantizer"),
-    ("editor", "graph", "layout", "op_table", "ops", "patterns", "printer", "views"),
+    ("editor", "graph", "layout", "module_table", "op_table", "ops", "patterns", "printer", "views"),
     (
         "arguments",
         "batch_norm",

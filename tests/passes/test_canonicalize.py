@@ -53,20 +53,7 @@ UNARY: dict[str, tuple[Call, ...]] = {
         lambda x, n=name: getattr(x, n)(),
         lambda x, n=name: getattr(x + 0, f"{n}_")(),
     )  # type: ignore[misc]
-    for name in (
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "abs",
-        "erf",
-        "sin",
-        "cos",
-        "square",
-        "reciprocal",
-        "floor",
-        "ceil",
-    )
+    for name in ["exp", "log", "sqrt", "rsqrt", "abs", "erf", "sin", "cos", "square", "reciprocal", "floor", "ceil"]
 }
 
 SPELLINGS: dict[str, tuple[Tensor, tuple[Call, ...]]] = {
