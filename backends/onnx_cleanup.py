@@ -8,16 +8,15 @@ float weight.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import ExportError
+from .onnx_surgery import content, drop, free_name, ids, is_plain, onnx_dtype, producer, reroute
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     import onnx_graphsurgeon as gs
 
@@ -70,14 +69,7 @@ def _beyond_numpy(node: gs.Node) -> bool:
     import onnx
 
     unsafe = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
-    return node.attrs.get("to") in unsafe or any(not _is_plain(t) for t in [*node.inputs, *node.outputs])
-
-
-def _is_plain(tensor: gs.Tensor) -> bool:
-    import numpy as np
-
-    # graphsurgeon gives an ONNX type number where numpy has no type, and ml_dtypes' types have kind "V".
-    return tensor.dtype is None or (not isinstance(tensor.dtype, int) and np.dtype(tensor.dtype).kind in "biufcSU")
+    return node.attrs.get("to") in unsafe or any(not is_plain(t) for t in [*node.inputs, *node.outputs])
 
 
 def merge_constants(graph: gs.Graph) -> int:
@@ -86,7 +78,7 @@ def merge_constants(graph: gs.Graph) -> int:
     changes = 0
     for node in _qdq(graph):
         for index, tensor in enumerate(node.inputs):
-            key = _value(tensor)
+            key = content(tensor)
             if key is None:
                 continue
             kept = first.setdefault(key, tensor)
@@ -99,14 +91,14 @@ def merge_constants(graph: gs.Graph) -> int:
 def merge_duplicates(graph: gs.Graph) -> int:
     """Let users of one tensor share the Q/DQ nodes that quantize it with one scale."""
     first: dict[tuple[Any, ...], gs.Node] = {}
-    outputs = _ids(graph.outputs)
+    outputs = ids(graph.outputs)
     changes = 0
     for node in _qdq(graph):
         key = (node.op, id(node.inputs[0]), *_parameters(node))
         kept = first.setdefault(key, node)
         if kept is not node and id(node.outputs[0]) not in outputs:
-            _reroute(node.outputs[0], kept.outputs[0])
-            changes += _drop(graph, node)
+            reroute(node.outputs[0], kept.outputs[0])
+            changes += drop(graph, node)
     return changes
 
 
@@ -114,15 +106,15 @@ def remove_requantization(graph: gs.Graph) -> int:
     """Remove DQ → Q with one scale between: quantizing again what was just dequantized gives the same
     integers.
     """
-    outputs = _ids(graph.outputs)
+    outputs = ids(graph.outputs)
     changes = 0
     for node in _qdq(graph):
-        before = _producer(node.inputs[0]) if node.op == QUANTIZE else None
+        before = producer(node.inputs[0]) if node.op == QUANTIZE else None
         if before is None or before.op != DEQUANTIZE or id(node.outputs[0]) in outputs:
             continue
         if _parameters(before) == _parameters(node) and _same_dtype(before, node):
-            _reroute(node.outputs[0], before.inputs[0])
-            changes += _drop(graph, node)
+            reroute(node.outputs[0], before.inputs[0])
+            changes += drop(graph, node)
     return changes
 
 
@@ -130,11 +122,11 @@ def transpose_weights(graph: gs.Graph) -> int:
     """Transpose an integer weight where it is stored instead of after its DQ at run time (R16, MatMul)."""
     changes = 0
     for node in list(graph.nodes):
-        dequantize = _producer(node.inputs[0]) if node.op == "Transpose" else None
+        dequantize = producer(node.inputs[0]) if node.op == "Transpose" else None
         if dequantize is None or dequantize.op != DEQUANTIZE or len(dequantize.outputs[0].outputs) != 1:
             continue
         weight = dequantize.inputs[0]
-        if _value(weight) is None or not _is_plain(weight) or id(node.outputs[0]) in _ids(graph.outputs):
+        if content(weight) is None or not is_plain(weight) or id(node.outputs[0]) in ids(graph.outputs):
             continue
         order = list(node.attrs.get("perm") or reversed(range(len(weight.shape))))
         dequantize.inputs[0] = _stored(graph, weight, order)
@@ -142,8 +134,8 @@ def transpose_weights(graph: gs.Graph) -> int:
             dequantize.attrs["axis"] = order.index(dequantize.attrs.get("axis", 1) % len(order))
         result = node.outputs[0]
         # The tensor has another shape now, so another name.
-        result.name = _free_name(graph, f"{dequantize.outputs[0].name}_transposed")
-        changes += _drop(graph, node)
+        result.name = free_name(graph, f"{dequantize.outputs[0].name}_transposed")
+        changes += drop(graph, node)
         dequantize.outputs[0] = result
     return changes
 
@@ -152,15 +144,8 @@ def _stored(graph: gs.Graph, weight: gs.Constant, order: list[int]) -> gs.Consta
     import numpy as np
     import onnx_graphsurgeon as gs
 
-    name = _free_name(graph, f"{weight.name}_transposed")
+    name = free_name(graph, f"{weight.name}_transposed")
     return gs.Constant(name, np.ascontiguousarray(weight.values.transpose(order)))
-
-
-def _free_name(graph: gs.Graph, name: str) -> str:
-    taken = graph.tensors()
-    while name in taken:
-        name += "_"
-    return name
 
 
 def remove_identities(graph: gs.Graph) -> int:
@@ -171,16 +156,16 @@ def remove_identities(graph: gs.Graph) -> int:
         if source is None:
             continue
         result = node.outputs[0]
-        if id(result) not in _ids(graph.outputs):
-            _reroute(result, source)
+        if id(result) not in ids(graph.outputs):
+            reroute(result, source)
         elif _can_be_renamed(graph, source):
-            _drop(graph, node)
+            drop(graph, node)
             _take_over(source, result)
             changes += 1
             continue
         else:
             continue
-        changes += _drop(graph, node)
+        changes += drop(graph, node)
     return changes
 
 
@@ -190,11 +175,11 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
         return node.inputs[0]
     if node.op != "Cast":
         return None
-    source, to = node.inputs[0], _onnx_dtype(node.outputs[0].dtype) or node.attrs["to"]
-    if _onnx_dtype(source.dtype) == to:
+    source, to = node.inputs[0], onnx_dtype(node.outputs[0].dtype) or node.attrs["to"]
+    if onnx_dtype(source.dtype) == to:
         return source
-    before = _producer(source)
-    if before is None or before.op != "Cast" or _onnx_dtype(before.inputs[0].dtype) != to:
+    before = producer(source)
+    if before is None or before.op != "Cast" or onnx_dtype(before.inputs[0].dtype) != to:
         return None
     return before.inputs[0] if _is_widening(before.inputs[0], source) else None
 
@@ -202,23 +187,23 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
 def _is_widening(narrow: gs.Tensor, wide: gs.Tensor) -> bool:
     import numpy as np
 
-    if narrow.dtype is None or wide.dtype is None or not (_is_plain(narrow) and _is_plain(wide)):
+    if narrow.dtype is None or wide.dtype is None or not (is_plain(narrow) and is_plain(wide)):
         return False
     return bool(np.can_cast(np.dtype(narrow.dtype), np.dtype(wide.dtype), "safe"))
 
 
 def _can_be_renamed(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     """Whether a tensor may become a graph output: some node makes it, and it is none yet."""
-    return len(tensor.inputs) == 1 and id(tensor) not in _ids(graph.outputs)
+    return len(tensor.inputs) == 1 and id(tensor) not in ids(graph.outputs)
 
 
 def _take_over(source: gs.Tensor, result: gs.Tensor) -> None:
     """Let the producer of `source` write `result`, which all users of `source` then read."""
-    producer = source.inputs[0]
-    index = next(i for i, tensor in enumerate(producer.outputs) if tensor is source)
+    maker = source.inputs[0]
+    index = next(i for i, tensor in enumerate(maker.outputs) if tensor is source)
     result.dtype = result.dtype if result.dtype is not None else source.dtype
-    producer.outputs[index] = result
-    _reroute(source, result)
+    maker.outputs[index] = result
+    reroute(source, result)
 
 
 def remove_dead(graph: gs.Graph) -> int:
@@ -292,64 +277,14 @@ def _qdq(graph: gs.Graph) -> list[gs.Node]:
     return [node for node in graph.nodes if node.op in QDQ]
 
 
-def _producer(tensor: gs.Tensor) -> gs.Node | None:
-    return tensor.inputs[0] if len(tensor.inputs) == 1 else None
-
-
-def _ids(tensors: list[gs.Tensor]) -> set[int]:
-    # graphsurgeon's tensors are equal where their names are, so `in` would be slow and loose.
-    return {id(tensor) for tensor in tensors}
-
-
-def _reroute(old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let all users of `old` read `new`."""
-    for user in list(old.outputs):
-        for index, tensor in enumerate(user.inputs):
-            if tensor is old:
-                user.inputs[index] = new
-
-
-def _drop(graph: gs.Graph, node: gs.Node) -> int:
-    node.inputs.clear()
-    node.outputs.clear()
-    # By identity: graphsurgeon calls nodes equal that merely look alike, and compares them slowly.
-    del graph.nodes[next(i for i, other in enumerate(graph.nodes) if other is node)]
-    return 1
-
-
 def _parameters(node: gs.Node) -> tuple[Any, ...]:
     """What a Q/DQ node does besides its input: scale, zero point and attributes, by value where they are
     constant.
     """
-    values = tuple(_value(tensor) or id(tensor) for tensor in node.inputs[1:] if not tensor.is_empty())
+    values = tuple(content(tensor) or id(tensor) for tensor in node.inputs[1:] if not tensor.is_empty())
     axis = node.attrs.get("axis", 1) if node.inputs[1].shape else None
     rest = sorted((key, value) for key, value in node.attrs.items() if key != "axis")
     return values, axis, tuple(rest)
-
-
-def _value(tensor: gs.Tensor) -> tuple[Any, ...] | None:
-    """A constant's type, shape and content, hashed; None for what is no constant."""
-    import onnx_graphsurgeon as gs
-
-    if not isinstance(tensor, gs.Constant):
-        return None
-    array = _array(tensor)
-    return str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest()
-
-
-def _array(constant: gs.Constant) -> np.ndarray[Any, Any]:
-    """The values, without making graphsurgeon load them: it changes types that numpy lacks when it does."""
-    import onnx
-    from onnx_graphsurgeon.ir.tensor import LazyValues
-
-    held = constant._values
-    return onnx.numpy_helper.to_array(held.tensor) if isinstance(held, LazyValues) else constant.values
-
-
-def _onnx_dtype(dtype: Any) -> int | None:
-    from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
-
-    return None if dtype is None else int(dtype_to_onnx(dtype))
 
 
 def _same_dtype(dequantize: gs.Node, quantize: gs.Node) -> bool:
@@ -358,5 +293,5 @@ def _same_dtype(dequantize: gs.Node, quantize: gs.Node) -> bool:
     """
     if len(dequantize.inputs) > 2 and len(quantize.inputs) > 2:
         return True
-    types = (_onnx_dtype(dequantize.inputs[0].dtype), _onnx_dtype(quantize.outputs[0].dtype))
+    types = (onnx_dtype(dequantize.inputs[0].dtype), onnx_dtype(quantize.outputs[0].dtype))
     return types[0] == types[1] and None not in types
