@@ -70,7 +70,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "svg",
         "verify",
     ),
-    ("instruments", "pass_text", "reproducer"),
+    ("instruments", "pass_text", "python_source", "reproducer"),
     (
         "ablation",
         "batches",
