@@ -47,7 +47,8 @@ class Session:
     Args:
         path: The file; weights beside it are found.
         optimize: Whether ONNX Runtime may fuse and rewrite (default). False runs every node as it stands in
-            the file, each Q and DQ included, which is what a comparison with PyTorch needs.
+            the file, each Q and DQ included, which is what a comparison with PyTorch needs. Of a float16 Q/DQ file
+            biases are never made integers: their scales, products of two, are too small for float16.
         threads: Threads inside one operation; default is one for each core.
 
     Raises:
@@ -278,10 +279,26 @@ def _make_session(model: str | bytes, *, optimize: bool, threads: int | None) ->
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
+    without = ["WeightBiasQuantization"] if optimize and _has_float16_scales(model) else []
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
     except _failures() as error:
         raise EngineError(f"ONNX Runtime cannot load the model: {error}") from error
+
+
+def _has_float16_scales(model: str | bytes) -> bool:
+    """Whether a DequantizeLinear of the model has a float16 scale; False for what is no model."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        loaded = (
+            onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
+        )
+    except DecodeError:
+        return False  # ONNX Runtime says what is wrong with it
+    scales = {node.input[1] for node in loaded.graph.node if node.op_type == "DequantizeLinear"}
+    return any(t.data_type == onnx.TensorProto.FLOAT16 and t.name in scales for t in loaded.graph.initializer)
 
 
 def _run(session: Any, names: Sequence[str], feeds: Mapping[str, Tensor]) -> list[Tensor]:

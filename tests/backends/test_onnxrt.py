@@ -89,6 +89,33 @@ def test_unoptimized_every_q_and_dq_runs_as_it_stands(residual: Path) -> None:
     torch.testing.assert_close(Session(residual, threads=1).run(x)[0], plain["output"], rtol=0, atol=0.05)
 
 
+def test_float16_biases_are_not_made_integers_of_a_scale_that_float16_cannot_hold(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    constants = {
+        "s": np.float16(3e-3),
+        "ws": np.full(8, 4e-5, np.float16),
+        "z": np.int8(0),
+        "wz": np.zeros(8, np.int8),
+        "w": generator.integers(-127, 128, (8, 4, 3, 3), dtype=np.int8),
+        "bias": generator.normal(0, 0.1, 8).astype(np.float16),
+    }
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 19]>
+        g (float16[1,4,6,6] x) => (float16[1,8,4,4] y) {
+            q = QuantizeLinear (x, s, z)
+            d = DequantizeLinear (q, s, z)
+            wd = DequantizeLinear <axis = 0> (w, ws, wz)
+            c = Conv (d, wd, bias)
+            r = Relu (c)
+            rq = QuantizeLinear (r, s, z)
+            y = DequantizeLinear (rq, s, z)
+        }""")
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
+    path = tmp_path / "half.onnx"
+    onnx.save(model, path)
+    x = torch.randn(1, 4, 6, 6).half()
+    torch.testing.assert_close(Session(path).run(x), Session(path, optimize=False).run(x), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("nodes_per_step", [1, 3, 1000])
 def test_run_all_gives_what_a_session_with_all_outputs_gives(residual: Path, nodes_per_step: int) -> None:
     model = onnx.load(residual)
