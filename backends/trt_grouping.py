@@ -9,45 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
 
-from .onnx_check_kernels import quantized_type
-from .onnx_check_numbers import output_axis, scale_axis
 from .onnx_graph import OnnxGraph
 from .onnx_nodes import Node, Quant, Reader
 from .trt_fusions import (
     KernelLibrary,
-    closed_region,
     family,
     folds_into_product,
-    host_values,
-    is_view,
 )
+from .trt_kernel_graph import KernelGraph, broadcasts, runs_in
 
-__all__ = ["DTYPES", "Group", "Grouping", "runs_in"]
-
-DTYPES: Final = {"float": "float32", "double": "float64", "float8e4m3fn": "float8", "float4e2m1": "float4"}
-"""ONNX's names of types that TensorRT calls otherwise."""
-
-
-def runs_in(graph: OnnxGraph, node: Node) -> str | None:
-    """The low precision that a weighted operation runs in; None for float (R13, R16, R20, R27, R32).
-
-    Args:
-        graph: The graph.
-        node: A convolution or matrix product.
-    """
-    kind = quantized_type(graph, node)
-    if kind not in {"int8", "float8e4m3fn"}:
-        return None
-    activations, weights = ([d for d in graph.dequantizers(name) if d is not None] for name in node.inputs[:2])
-    if any(dq.axis is not None for dq in activations) or any(not dq.same(activations[0]) for dq in activations):
-        return None
-    for dq in weights:
-        axis = scale_axis(graph, node.inputs[1], dq) if node.inputs[1] in graph.fixed and dq.axis is not None else None
-        if axis is not None and axis != output_axis(graph, node):
-            return None
-    return DTYPES.get(kind, kind)
+__all__ = ["Group", "Grouping"]
 
 
 @dataclass(eq=False)
@@ -85,6 +57,7 @@ class Grouping:
         library: Whose fusions.
 
     Attributes:
+        read: The graph as kernels read it.
         groups: The kernels, in the order in which they began; those without nodes were taken in by others.
         makers: The kernel that writes a tensor.
         quantized: The Q whose integers a tensor is stored as.
@@ -94,7 +67,7 @@ class Grouping:
 
     def __init__(self, graph: OnnxGraph, library: KernelLibrary) -> None:
         self.graph, self.library = graph, library
-        self.host = host_values(graph)
+        self.read = KernelGraph(graph)
         self.groups: list[Group] = []
         self.makers: dict[str, Group] = {}
         self.quantized: dict[str, Quant] = {}
@@ -107,7 +80,7 @@ class Grouping:
 
     def _walk(self) -> None:
         for node in self.graph.nodes:
-            if self._needs_no_kernel(node):
+            if self.read.needs_no_kernel(node):
                 self.vanished.append(node.name)
             elif (quant := self.graph.quant(node)) is not None:
                 self._quantize(quant)
@@ -121,25 +94,6 @@ class Grouping:
     def _behind_weighted(self, node: Node) -> bool:
         group = self._host(node, "pointwise")
         return group is not None and (group.kind == "weighted" or group.sums is not None)
-
-    def _needs_no_kernel(self, node: Node) -> bool:
-        if node.op == "Constant" or self.graph.fixed.issuperset(n for n in node.outputs if n):
-            return True
-        if self.host.issuperset(node.outputs) or is_view(self.graph, node):
-            return True
-        quant = self.graph.quant(node)
-        return (quant is not None and not quant.quantizes) or self._written_in_place(node)
-
-    def _written_in_place(self, node: Node) -> bool:
-        """Whether a concatenation's parts are written where they belong: all have one scale (R27), or one reader."""
-        if node.op != "Concat":
-            return False
-        dqs = [self.graph.dequantizer(name) for name in node.inputs]
-        if None not in dqs:
-            readers = [self.graph.quant(r.node) for r in self.graph.final_readers(node.outputs[0])]
-            behind = [quant for quant in readers if quant is not None and quant.quantizes]
-            return all(dq is not None and dq.same((behind or dqs)[0] or dq) for dq in dqs)
-        return False
 
     # What a node joins.
 
@@ -162,13 +116,13 @@ class Grouping:
     def _merge_epilogues(self, node: Node, group: Group) -> None:
         """Take in the second kernels of the other INT8 operations whose results only this node reads."""
         for name in node.inputs:
-            source = self.source(name)
+            source = self.read.source(name)
             dq = self.graph.quant(self.graph.producers.get(source))
-            made = source if dq is None or dq.quantizes else self.source(dq.tensor)
+            made = source if dq is None or dq.quantizes else self.read.source(dq.tensor)
             other = self.makers.get(made)
             if other is None or other is group or other.sums is None or group.sums is None:
                 continue
-            if len(self.readers(made)) > 1 or (made != source and len(self.readers(source)) > 1):
+            if len(self.read.readers(made)) > 1 or (made != source and len(self.read.readers(source)) > 1):
                 continue
             group.nodes[:0] = other.nodes
             group.more_sums += [other.sums, *other.more_sums]
@@ -193,46 +147,22 @@ class Grouping:
         for name in node.outputs:
             if name:
                 self.makers[name] = group
-                for inner in self._region(name):
+                for inner in self.read.region(name):
                     self._regions[inner.index] = name
-
-    def _region(self, name: str) -> list[Node]:
-        """What several readers of a tensor compute together, if their results meet again."""
-        if len(self.readers(name)) < 2:
-            return []
-        return closed_region(self.graph, name) or closed_region(self.graph, name, frozenset({"pointwise", "reduction"}))
-
-    def readers(self, name: str) -> list[Reader]:
-        """Who reads a tensor, behind views; Q not counted."""
-        found = []
-        for reader in self.graph.readers(name):
-            if reader.node is not None and is_view(self.graph, reader.node) and reader.index == 0:
-                found += self.readers(reader.node.outputs[0])
-            elif (quant := self.graph.quant(reader.node)) is None or not quant.quantizes:
-                found.append(reader)
-        return found
-
-    def source(self, name: str) -> str:
-        """The tensor behind views."""
-        node = self.graph.producers.get(name)
-        while node is not None and is_view(self.graph, node):
-            name = node.inputs[0]
-            node = self.graph.producers.get(name)
-        return name
 
     def _host(self, node: Node, kind: str) -> Group | None:
         """The kernel that takes a node along; the latest one where several could."""
         found = []
         for name in node.inputs:
             if name and name not in self.graph.fixed:
-                source = self.source(name)
+                source = self.read.source(name)
                 group = self.makers.get(source)
                 if group is not None and self._takes(group, node, kind, source):
                     found.append(group)
         return max(found, key=self.groups.index, default=None)
 
     def _takes(self, group: Group, node: Node, kind: str, source: str) -> bool:
-        alone = len(self.readers(source)) == 1 and source not in self.graph.outputs
+        alone = len(self.read.readers(source)) == 1 and source not in self.graph.outputs
         inside = self._regions.get(node.index)
         together = inside is not None and self.makers.get(inside) is group
         if group.kind == "weighted":
@@ -259,14 +189,14 @@ class Grouping:
             return True
         if node.op not in {"Add", "Sum"} or len(moving) != 2 or group.added or group.activated:
             return False
-        if _broadcasts(self.graph, node):
+        if broadcasts(self.graph, node):
             return False
         group.added = True
         group.float_operand = not all(self.graph.quantized(name) for name in self._others(group, moving))
         return True
 
     def _others(self, group: Group, moving: Iterable[str]) -> Iterator[str]:
-        return (name for name in moving if self.makers.get(self.source(name)) is not group)
+        return (name for name in moving if self.makers.get(self.read.source(name)) is not group)
 
     # Q, and what is stored as integers.
 
@@ -284,7 +214,7 @@ class Grouping:
         else:
             group.nodes.append(quant.node)
             self._store(quant, [name, *passed])
-            if self.readers(name) and self._reads_float(name, passed):
+            if self.read.readers(name) and self._reads_float(name, passed):
                 self.both.add(name)
         self.makers[quant.output] = self.makers[passed[0]] if passed else group
         self._store(quant, passed)
@@ -292,7 +222,7 @@ class Grouping:
     def _reads_float(self, name: str, passed: list[str]) -> bool:
         """Whether anybody but the Q, and what passes its integers on, reads a tensor."""
         through = [self.graph.producers[p].index for p in passed if p in self.graph.producers]
-        return any(r.node is None or r.node.index not in through for r in self.readers(name))
+        return any(r.node is None or r.node.index not in through for r in self.read.readers(name))
 
     def _store(self, quant: Quant, names: Iterable[str]) -> None:
         for name in names:
@@ -300,14 +230,14 @@ class Grouping:
 
     def _pushed_back(self, quant: Quant) -> tuple[str, list[str]]:
         """The tensor in front of the operations that a Q passes through backward, and those behind them."""
-        name, passed = self.source(quant.tensor), []
+        name, passed = self.read.source(quant.tensor), []
         node = self.graph.producers.get(name)
-        while node is not None and self.graph.moves(Reader(node)) and not self.readers(name):
+        while node is not None and self.graph.moves(Reader(node)) and not self.read.readers(name):
             group = self.makers.get(name)
             if group is None or group.nodes != [node]:  # taken along already: the Q joins there
                 break
             passed.append(name)
-            name = self.source(node.inputs[0])
+            name = self.read.source(node.inputs[0])
             node = self.graph.producers.get(name)
         return name, passed
 
@@ -326,16 +256,9 @@ class Grouping:
 
     def _into_product(self, node: Node) -> None:
         """Give a constant factor to the product that reads it."""
-        reader = next(iter(self.readers(node.outputs[0])), None)
+        reader = next(iter(self.read.readers(node.outputs[0])), None)
         if reader is not None and reader.node is not None:
             for group in self.groups:
                 if reader.node in group.nodes and group.kind == "weighted":
                     group.nodes.insert(0, node)
                     return
-
-
-def _broadcasts(graph: OnnxGraph, node: Node) -> bool:
-    first, second = (graph.shape(name) for name in node.inputs[:2])
-    if first is None or second is None:
-        return False
-    return len(first) != len(second) or any(a != b for a, b in zip(first, second, strict=True) if None not in (a, b))

@@ -10,7 +10,8 @@ from .onnx_graph import OnnxGraph
 from .onnx_nodes import Node, Quant, Reader
 from .onnx_values import type_name
 from .trt_fusions import family, fused_library, is_view
-from .trt_grouping import DTYPES, Group, Grouping
+from .trt_grouping import Group, Grouping
+from .trt_kernel_graph import DTYPES
 from .trt_kernels import TensorInfo
 from .trt_prediction import PredictedKernel, Prediction
 
@@ -89,12 +90,12 @@ class _Kernels:
             if group.sums is not None and family(node) == "weighted":
                 continue
             for name in node.inputs:
-                if not name or name in self.of.host:
+                if not name or name in self.of.read.host:
                     continue
                 if name in self.graph.fixed:
                     constant = self._constant(name)
                     constants[constant.name] = constant
-                elif (source := self.of.source(name)) not in made:
+                elif (source := self.of.read.source(name)) not in made:
                     inputs.update({t.name: t for t in self._stored(source, node)})
         return list(inputs.values()), [] if group.sums is not None else list(constants.values())
 
@@ -104,13 +105,13 @@ class _Kernels:
         quant = self.graph.quant(node)
         if node is not None and node.name in self.of.vanished and node.op == "Concat":
             for part in node.inputs:
-                yield from self._stored(self.of.source(part), reader)
+                yield from self._stored(self.of.read.source(part), reader)
         elif quant is not None and not quant.quantizes:
             maker = self.graph.quant(self.graph.producers.get(quant.tensor))
             if maker is not None and maker.quantizes and maker.output not in self.of.makers:  # it changed nothing
-                yield from self._stored(self.of.source(maker.tensor), reader)
+                yield from self._stored(self.of.read.source(maker.tensor), reader)
             else:
-                yield self._info(self.of.source(quant.tensor), quant.dtype, quant.output)
+                yield self._info(self.of.read.source(quant.tensor), quant.dtype, quant.output)
         elif name in self.of.quantized and name not in self.of.both and self.graph.quant(reader) is None:
             yield self._info(name, self.of.quantized[name].dtype, name)
         elif quant is None and self._moved_integers(node, name):
@@ -149,7 +150,7 @@ class _Kernels:
                 apart = apart or (q.node.name not in self.of.vanished and name not in self.of.quantized)
             elif q.node.index not in inside:
                 yield self._info(q.output, q.dtype, q.tensor)
-        if apart or any(r.node is None or r.node.index not in inside for r in self.of.readers(name)):
+        if apart or any(r.node is None or r.node.index not in inside for r in self.of.read.readers(name)):
             if name in self.of.quantized and name not in self.of.both:
                 if not any(self.of.makers.get(q.output) is group for q in self._quantizers(name)):
                     yield self._info(name, self.of.quantized[name].dtype, name)
