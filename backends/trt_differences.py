@@ -7,11 +7,11 @@ node, the difference is its consequence, and carries its rule and its fix.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..rules import Finding, Findings, Severity
 from .onnx_graph import OnnxGraph
-from .onnx_nodes import Node
+from .onnx_nodes import Node, Quant
 from .trt_fusions import family
 from .trt_kernels import LayerInfo, TensorInfo
 from .trt_prediction import Prediction, readable
@@ -21,6 +21,10 @@ __all__ = ["Built", "differences", "float_sums"]
 _FLOATS = frozenset({"float32", "float16", "bfloat16"})
 _SMALL = 1024
 """Tensors of fewer bytes are not worth a line: scalars, statistics."""
+_NORMS = frozenset(
+    f"{kind}Normalization" for kind in ("Layer", "Instance", "Group", "RMS", "MeanVariance", "Batch", "Lp")
+) | {"Softmax", "LogSoftmax"}
+"""What computes in floating point whatever is around it (R38), and so reads a float tensor."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ def _finding(
     *,
     blame: Sequence[Node] = (),
     severity: Severity = "warning",
+    fix: str = "",
 ) -> Finding:
     """A difference at `node`; the linter's rule and fix where it found a breach at one of `blame`."""
-    fix = ""
     names = {n.name for n in (node, *blame)}
     cause = next((f for f in built.lint if f.node in names and f.severity != "advice"), None)
     if cause is not None:
@@ -127,10 +131,9 @@ def _float_between(built: Built) -> Iterator[Finding]:
             before = built.kernels[first]
             node = _last(built.nodes[index]) or _last(built.nodes[first])
             low = any(t.dtype == "int8" for t in (*before.inputs, *before.outputs)) or first in behind_sums
-            if node is None or not low:
+            if node is None or not low or any(n.op in _NORMS for n in built.nodes[index]):
                 continue
-            size = readable(tensor.nbytes or 0)
-            message = f"{tensor.dtype} {tensor.name} of {size} lies between {before.name} and {kernel.name}"
+            message = f"{tensor.dtype} {tensor.name} of {_size(tensor)} lies between {before.name} and {kernel.name}"
             together = (*built.nodes[first], *built.nodes[index])
             message += ", which compute, read or write INT8"
             yield _finding(built, node, "R39", message, blame=together, severity="advice")
@@ -141,7 +144,24 @@ def _last(nodes: Sequence[Node]) -> Node | None:
 
 
 def _large_float(tensor: TensorInfo) -> bool:
-    return tensor.dtype in _FLOATS and (tensor.nbytes is None or tensor.nbytes > _SMALL)
+    """Whether a float tensor moves bytes worth a line; of a dynamic batch one row counts."""
+    if tensor.dtype not in _FLOATS:
+        return False
+    size = _row(tensor).nbytes
+    return size is None or size > _SMALL
+
+
+def _row(tensor: TensorInfo) -> TensorInfo:
+    """One row of a tensor whose first dimension depends on the profile; any other as it is."""
+    dynamic = bool(tensor.shape) and tensor.shape[0] < 0
+    return replace(tensor, shape=tensor.shape[1:]) if dynamic else tensor
+
+
+def _size(tensor: TensorInfo) -> str:
+    """Bytes for people; the shape where they depend on the optimization profile."""
+    if tensor.nbytes is not None:
+        return readable(tensor.nbytes)
+    return f"[{', '.join('?' if dim < 0 else str(dim) for dim in tensor.shape)}]"
 
 
 def _sums(built: Built) -> list[tuple[int, TensorInfo, int]]:
@@ -171,7 +191,21 @@ def _alone(built: Built) -> Iterator[Finding]:
             continue
         word = "quantize" if first.quantizes else "dequantize"
         message = f"kernel {kernel.name} does nothing but {word}"
-        yield _finding(built, first.node, "R31", message, blame=_kernel_before(built, first.tensor))
+        blame = _kernel_before(built, first.tensor)
+        reader = _low_reader(built, first) if first.quantizes else None
+        if reader is None:
+            yield _finding(built, first.node, "R31", message, blame=blame)
+        else:
+            message += f", for {reader.name}"
+            fix = f"What comes before it could not take it along: leave {reader.name} float if that measures faster."
+            yield _finding(built, first.node, "R31", message, blame=blame, severity="advice", fix=fix)
+
+
+def _low_reader(built: Built, q: Quant) -> Node | None:
+    """The weighted operation that reads what a Q quantizes, in 8 bits; None if none does."""
+    dequantizers = [reader.node for reader in built.graph.readers(q.node.outputs[0]) if reader.node is not None]
+    readers = (r.node for dq in dequantizers for r in built.graph.final_readers(dq.outputs[0]))
+    return next((node for node in readers if node is not None and family(node) == "weighted"), None)
 
 
 def _kernel_before(built: Built, tensor: str) -> Sequence[Node]:

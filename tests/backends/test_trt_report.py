@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from inspector import float_skip
@@ -109,6 +110,44 @@ def test_a_built_engine(name: str, tmp_path: Path) -> None:
     again = fxq.engine_report(log, path)
     assert again.rows == report.rows
     assert again.findings == report.findings
+
+
+@pytest.mark.usefixtures("trt")
+def test_sizes_that_depend_on_the_batch_are_shapes(tmp_path: Path) -> None:
+    model = squeezed()
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path)
+    engine = fxq.build(path, tmp_path / "net.engine", profiles={"x": ((1, 32, 16, 16), IMAGE, IMAGE)})
+    found = [f for f in fxq.engine_report(engine, path).findings if f.rule == "R39"]
+    assert [f.node for f in found] == ["scaled"]  # and nothing of the pooled tensor, 128 bytes an image
+    assert " of [?, 32, 16, 16] lies between" in found[0].message
+
+
+@pytest.mark.usefixtures("trt")
+def test_a_quantizer_that_a_convolution_needs_is_not_to_be_removed(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(squeezed(), path)
+    found = fxq.engine_report(fxq.build(path, tmp_path / "net.engine"), path).findings
+    (lone,) = [f for f in found if f.rule == "R31"]
+    assert (lone.node, lone.severity) == ("pool_q", "advice")
+    assert lone.message.endswith("does nothing but quantize, for fc")
+    assert "leave fc float" in lone.fix
+
+
+@pytest.mark.usefixtures("trt")
+def test_a_float_tensor_that_a_norm_reads_is_as_it_has_to_be(tmp_path: Path) -> None:
+    net = Net(x=(8, 16, 64))
+    first = net.op("Add", [net.op("MatMul", [net.qdq("x"), net.weight("a", (64, 64), 1)], "a"), "x"], "sum")
+    scale = net.constant("gamma", np.ones(64, np.float32))
+    norm = net.op("LayerNormalization", [first, scale], "norm")
+    second = net.op("MatMul", [net.qdq(norm), net.weight("b", (64, 64), 1)], "b")
+    path = tmp_path / "net.onnx"
+    onnx.save(net.model(net.op("Add", [second, first], "out")), path)
+    report = fxq.engine_report(fxq.build(path, tmp_path / "net.engine"), path)
+    assert any(n.endswith("norm") for row in report.rows for n in row.kernel.onnx_nodes)
+    assert not [f for f in report.findings if f.rule == "R39"], report.findings
 
 
 @pytest.mark.usefixtures("trt")
