@@ -67,6 +67,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "symbolic",
         "traced_module",
         "tracer",
+        "trained_scale",
         "svg",
         "verify",
     ),
