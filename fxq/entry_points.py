@@ -1,21 +1,27 @@
-"""What a command line can name: a Python object as ``module:name`` or ``file.py:name``, tensors in numpy's files."""
+"""What a command line can name: a Python object as ``module:name`` or ``file.py:name``, tensor files, image folders."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import nn
 
 from .errors import FxqError
+from .image_folder import ImageFolder, Preprocessing
 
-__all__ = ["load_batches", "load_model", "load_object", "read_tensors"]
+__all__ = ["FILES", "load_batches", "load_model", "load_object", "read_tensors"]
+
+FILES: Final = (".npy", ".npz", ".safetensors")
+"""Files of tensors, by their endings."""
+_NAMED: Final = 5
 
 
 def load_object(entry: str) -> Any:
@@ -73,14 +79,18 @@ def _called(entry: str) -> Any:
         raise FxqError(f"{entry} failed: {type(error).__name__}: {error}", hint="--debug shows where") from error
 
 
-def load_model(entry: str) -> nn.Module:
+def load_model(entry: str, weights: Path | None = None) -> nn.Module:
     """The model that an entry names: a module, or a function or class that gives one without arguments.
+
+    Args:
+        entry: As for :func:`load_object`.
+        weights: A safetensors file with the model's state dict, which has to fit exactly.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        FxqError: The entry cannot be loaded, or gives no ``nn.Module``.
+        FxqError: The entry cannot be loaded, gives no ``nn.Module``, or the weights do not fit it.
     """
     found = _called(entry)
     if not isinstance(found, nn.Module):
@@ -88,47 +98,96 @@ def load_model(entry: str) -> nn.Module:
             f"{entry} gives a {type(found).__name__}, not an nn.Module",
             hint="name a module, or a function without arguments that returns one",
         )
+    if weights is not None:
+        _load_weights(found, weights, entry)
     return found.eval()
 
 
-def load_batches(source: str, batch_size: int = 32) -> Iterable[Any]:
-    """Calibration data: a Python entry, or a file of numpy's.
+def _load_weights(model: nn.Module, path: Path, entry: str) -> None:
+    if path.suffix != ".safetensors":
+        raise FxqError(
+            f"{path} is no .safetensors file",
+            hint="checkpoints of torch.save can run code when they are loaded: save the state dict with "
+            "safetensors.torch.save_file, or let a function of yours load it",
+        )
+    state = _safetensors(path)
+    wanted = model.state_dict()
+    held = {wanted[name].data_ptr() for name in wanted.keys() & state}  # tied tensors are stored under one name
+    differences = {
+        "lacks": [name for name, tensor in wanted.items() if name not in state and tensor.data_ptr() not in held],
+        "also has": [name for name in state if name not in wanted],
+        "has in another shape": [name for name in wanted if name in state and state[name].shape != wanted[name].shape],
+    }
+    for what, names in differences.items():
+        if names:
+            some = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+            raise FxqError(f"{path} is not the state dict of {entry}: it {what} {some}", hint="name the model it is of")
+    model.load_state_dict(state, strict=False)
+
+
+def load_batches(
+    source: str, batch_size: int = 32, images: Preprocessing | None = None, count: int = 512
+) -> Iterable[Any]:
+    """Calibration data: a Python entry, a file of tensors, or a folder of images.
 
     Args:
         source: ``module:name`` of an iterable of inputs or of a function that returns one; a ``.npy`` file, whose first
-            dimension is cut into batches; or a ``.npz`` file with one such array for each input, by name.
-        batch_size: Samples in a batch of a file.
+            dimension is cut into batches; a ``.npz`` or ``.safetensors`` file with one such array for each input, by
+            name; or a folder of images.
+        batch_size: Samples in a batch of a file or folder.
+        images: What is done to the images of a folder.
+        count: How many images of a folder are taken.
 
     Raises:
-        FxqError: It cannot be loaded.
+        FxqError: It cannot be loaded, or a folder comes without `images`.
     """
-    if source.endswith((".npy", ".npz")):
+    if source.endswith(FILES):
         return _batches(read_tensors(Path(source)), batch_size)
+    if Path(source).is_dir():
+        if images is None:
+            raise FxqError(f"{source} is a folder of images", hint="say how large the model takes them: --size 224")
+        return ImageFolder(Path(source), images, count=count, batch_size=batch_size)
     found = _called(source)
     if not isinstance(found, Iterable):
         raise FxqError(f"{source} gives a {type(found).__name__}", hint="give a DataLoader, or any iterable of inputs")
     return found
 
 
-def _batches(tensors: dict[str, torch.Tensor], size: int) -> Iterator[Any]:
+def _batches(tensors: dict[str, torch.Tensor], size: int) -> list[Any]:
     count = min(len(tensor) for tensor in tensors.values())
-    for start in range(0, count, size):
-        batch = {name: tensor[start : start + size] for name, tensor in tensors.items()}
-        yield batch if set(batch) != {""} and len(batch) > 1 else next(iter(batch.values()))
+    starts = range(0, count, size)
+    if len(tensors) == 1:
+        (only,) = tensors.values()
+        return [only[start : start + size] for start in starts]
+    return [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in starts]
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a ``.npy`` (under the name "") or ``.npz`` file. Pickled objects are refused.
+    """The tensors in a ``.npy`` (under the name ""), ``.npz`` or ``.safetensors`` file. Pickled objects are refused.
 
     Raises:
         FxqError: There is no such file, or it holds something else.
     """
-    try:
-        found = np.load(path, allow_pickle=False)
-        arrays = {"": found} if isinstance(found, np.ndarray) else dict(found)
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    except (OSError, ValueError, TypeError) as error:
-        raise FxqError(f"cannot read {path}: {error}", hint="save it with numpy.save or numpy.savez") from error
+    tensors = _safetensors(path) if path.suffix == ".safetensors" else _arrays(path)
     if not tensors or any(tensor.ndim == 0 or not len(tensor) for tensor in tensors.values()):
         raise FxqError(f"{path} holds no samples", hint="the first dimension of each array counts samples")
     return tensors
+
+
+def _arrays(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        found = np.load(path, allow_pickle=False)
+        arrays = {"": found} if isinstance(found, np.ndarray) else dict(found)
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise FxqError(f"cannot read {path}: {error}", hint="save it with numpy.save or numpy.savez") from error
+
+
+def _safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FxqError(f"cannot read {path}: {error}", hint="save it with safetensors.torch.save_file") from error

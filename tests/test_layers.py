@@ -107,8 +107,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("methods", "testing"),
     ("__init__", "demo"),
+    ("image_folder", "terminal"),
     ("entry_points",),
-    ("cli",),
+    ("cli", "cli_build", "cli_quantize", "cli_run"),
     ("__main__",),
 )
 # Beside the order: who may not see whom although it comes later.

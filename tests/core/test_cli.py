@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from inspector import float_skip
 from lint_net import IMAGE, Net, residual
+from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from fxq import __version__
 from fxq.backends.onnx_lint import lint_onnx
 from fxq.cli import app
-from fxq.entry_points import load_batches, load_model, load_object, read_tensors
 from fxq.errors import FxqError
 from fxq.sarif import findings_as_sarif
 
@@ -71,6 +74,41 @@ def test_quantize_from_a_numpy_file_with_a_recipe(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1 of 2 weighted operations quantized" in done.output
     assert onnx.load("net.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
+
+
+@pytest.mark.usefixtures("folder")
+def test_quantize_on_a_folder_of_images_in_half_precision(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 14, 20, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{index}.png")
+    command = ("quantize", "net.py:build", "net.onnx", "--data", "photos", "--size", "12", "--batch-size", "2")
+    done = fxq(
+        *command, "--compute-dtype", "fp16", "--cast-io-types", "--dynamic", "input:0=1..16", "--report", "r.txt"
+    )
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 weighted operations quantized" in Path("r.txt").read_text()
+    model = onnx.load("net.onnx")
+    assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {
+        onnx.TensorProto.FLOAT16
+    }
+    held = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(held["fxq.profiles"])["input"][2][0] == 16
+
+
+@pytest.mark.usefixtures("folder")
+def test_quantize_with_weights_on_random_data() -> None:
+    state = {"0.weight": torch.ones(16, 3, 3, 3), "0.bias": torch.zeros(16)}
+    state |= {"2.weight": torch.ones(16, 16, 3, 3), "2.bias": torch.zeros(16)}
+    save_file(state, "net.safetensors")
+    command = ("quantize", "net.py:build", "net.onnx", "--random", "2x3x12x12", "--weights", "net.safetensors")
+    done = fxq(*command, "--static", "--input-name", "image", "--output-name", "features")
+    assert done.exit_code == 0, done.output
+    assert "WARNING" in done.output  # such scales are for measuring speed
+    graph = onnx.load("net.onnx").graph
+    assert (graph.input[0].name, graph.output[0].name) == ("image", "features")
+    integers = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert {int(value) for array in integers if array.ndim == 4 for value in array.flat} == {127}
 
 
 @pytest.mark.usefixtures("folder")
@@ -139,12 +177,53 @@ ERRORS = {
     "it fails": (("quantize", "net.py:broken", "x.onnx", "--data", "net.py:loader"), "RuntimeError: no weights here"),
     "no entry": (("quantize", "net.py", "x.onnx", "--data", "net.py:loader"), "names no Python object"),
     "bad data": (("quantize", "net.py:build", "x.onnx", "--data", "gone.npy"), "cannot read gone.npy"),
+    "two data": (
+        ("quantize", "net.py:build", "x.onnx", "--data", "a.npy", "--random", "1x3x8x8"),
+        "--data and --random",
+    ),
+    "no size": (("quantize", "net.py:build", "x.onnx", "--data", "."), "--size 224"),
+    "no images": (("quantize", "net.py:build", "x.onnx", "--data", ".", "--size", "8"), "there are no images in"),
+    "no shape": (("quantize", "net.py:build", "x.onnx", "--random", "1x3x0x8"), "'1x3x0x8' is no shape"),
+    "no mean": (
+        ("quantize", "net.py:build", "x.onnx", "--data", ".", "--size", "8", "--mean", "a,b"),
+        "'a,b' is no list of numbers",
+    ),
+    "wrong shape": (("quantize", "net.py:build", "x.onnx", "--random", "1x4x12x12"), "4"),
+    "no device": (("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--device", "cua"), "go to cua"),
+    "no island": (
+        (
+            "quantize",
+            "net.py:build",
+            "x.onnx",
+            "--random",
+            "1x3x12x12",
+            "--compute-dtype",
+            "fp16",
+            "--island",
+            "op:cat",
+        ),
+        "matches no operation",
+    ),
+    "dynamic": (
+        ("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--dynamic", "input=1"),
+        "'input=1' is no dynamic dimension",
+    ),
+    "static and dynamic": (
+        ("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--static", "--dynamic", "input:0=n"),
+        "--static and --dynamic",
+    ),
+    "no such input": (("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--dynamic", "y:0=n"), "y"),
+    "no target": (("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--target", "tensort"), "tensort"),
     "no recipe": (
         ("quantize", "net.py:build", "x.onnx", "--data", "net.py:loader", "--recipe", "gone.yaml"),
         "gone.yaml",
     ),
     "no ONNX": (("lint", "net.py"), "no ONNX model in net.py"),
     "profile": (("build", "good.onnx", "x.engine", "--profile", "x=1x3"), "'x=1x3' is no profile"),
+    "two profiles": (
+        ("build", "good.onnx", "x.engine", "--profile", "x=1,2,3", "--profile", "x=1,2,3"),
+        "there are two profiles for x",
+    ),
     "no HTML": (("report", "good.onnx", "--format", "html"), "a prediction has no HTML"),
     "no kernels": (("report", "good.onnx", "--engine", "net.py"), "lists no kernels"),
     "nothing to run": (("run", "gone.onnx"), "there is no file gone.onnx"),
@@ -160,6 +239,10 @@ def test_errors_are_a_sentence_and_a_next_step(name: str) -> None:
     assert message in done.stderr
     assert "Traceback" not in done.output
     assert not Path("x.onnx").exists()
+
+
+def test_version() -> None:
+    assert fxq("--version").stdout == f"fxq {__version__}\n"
 
 
 @pytest.mark.usefixtures("folder")
@@ -182,18 +265,3 @@ def test_a_process_of_its_own(folder: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "R9" in done.stdout
     assert done.stderr == ""
-
-
-def test_entries(folder: Path) -> None:
-    assert load_object("os.path:join")("a", "b") == "a/b"
-    assert not load_model("net.py:build").training
-    np.savez(folder / "two.npz", a=np.zeros((5, 2), np.float32), b=np.ones((5, 1), np.float32))
-    batches = list(load_batches("two.npz", 2))
-    assert [sorted(batch) for batch in batches] == [["a", "b"]] * 3
-    assert [len(batch["a"]) for batch in batches] == [2, 2, 1]
-
-
-def test_pickled_arrays_are_refused(folder: Path) -> None:
-    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(FxqError, match="cannot read"):
-        read_tensors(folder / "objects.npy")

@@ -1,8 +1,8 @@
-"""torchvision's models on whatever torch is installed.
+"""torchvision's models and transforms on whatever torch is installed.
 
 The tests install torchvision without its dependencies. Where its compiled operators were built for another
 torch (a CUDA build beside a CPU torch, say) they do not load, and importing torchvision fails because it
-registers fake kernels for them. The models need none of these operators, so declaring them is enough.
+registers fake kernels for them. Neither needs these operators, so declaring them is enough.
 """
 
 from __future__ import annotations
@@ -49,3 +49,11 @@ def torchvision_model(name: str, *, seed: int = 0, **kwargs: Any) -> nn.Module:
         torch.manual_seed(seed)
         model: nn.Module = torchvision.models.get_model(name, weights=None, **kwargs)
     return model.eval()
+
+
+def torchvision_transforms() -> Any:
+    """The module ``torchvision.transforms``."""
+    _declare_operators()
+    import torchvision.transforms
+
+    return torchvision.transforms
