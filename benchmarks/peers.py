@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,13 @@ Run = Callable[[Context], nn.Module | None]
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A registered quantizer; `environment` is "own" (this Python) or "peers" (the other tools' one)."""
+    """A registered quantizer.
+
+    Attributes:
+        name: What the commands call it.
+        run: The function.
+        environment: Whose Python runs it: "own", or a key of `runner.ENVIRONMENTS`.
+    """
 
     name: str
     run: Run
@@ -165,6 +171,32 @@ def modelopt_onnx(ctx: Context, method: str) -> None:
 @quantizer("ort_trt_minmax", method="MinMax")
 def onnxruntime_static(ctx: Context, method: str) -> None:
     """ONNX Runtime's quantize_static with the options of its own TensorRT example."""
+    operators = ["Conv", "MatMul", "Gemm", "Add"]
+    extra = {
+        "ActivationSymmetric": True,
+        "WeightSymmetric": True,
+        "QuantizeBias": False,
+        "AddQDQPairToWeight": True,
+        "DedicatedQDQPair": True,
+        "OpTypesToExcludeOutputQuantization": operators,
+        "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+    }
+    _quantize_static(ctx, method, activation="QInt8", op_types_to_quantize=operators, extra_options=extra)
+
+
+@quantizer("ort_cpu_qoperator", format="QOperator")
+@quantizer("ort_cpu", format="QDQ")
+def onnxruntime_cpu(ctx: Context, format: str) -> None:
+    """ONNX Runtime's quantize_static for its own CPU provider: uint8 activations, int8 weights per channel.
+
+    The weights keep 8 bits, which needs a CPU with VNNI; its documentation asks for 7 (reduce_range) without.
+    """
+    _quantize_static(ctx, "MinMax", activation="QUInt8", quant_format=format)
+
+
+def _quantize_static(
+    ctx: Context, method: str, *, activation: str, quant_format: str = "QDQ", **options: Any
+) -> None:
     with ctx.stage("import"):
         from onnxruntime import quantization as ort
         from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -178,7 +210,6 @@ def onnxruntime_static(ctx: Context, method: str) -> None:
             return None if batch is None else {"input": batch}
 
     prepared = ctx.work / "preprocessed.onnx"
-    operators = ["Conv", "MatMul", "Gemm", "Add"]
     with ctx.stage("prepare"):
         try:
             quant_pre_process(str(ctx.float_onnx), str(prepared))
@@ -189,22 +220,35 @@ def onnxruntime_static(ctx: Context, method: str) -> None:
             str(prepared),
             str(ctx.out),
             Reader(),
-            quant_format=ort.QuantFormat.QDQ,
+            quant_format=ort.QuantFormat[quant_format],
             per_channel=True,
-            op_types_to_quantize=operators,
-            activation_type=ort.QuantType.QInt8,
+            activation_type=ort.QuantType[activation],
             weight_type=ort.QuantType.QInt8,
             calibrate_method=ort.CalibrationMethod[method],
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "QuantizeBias": False,
-                "AddQDQPairToWeight": True,
-                "DedicatedQDQPair": True,
-                "OpTypesToExcludeOutputQuantization": operators,
-                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
-            },
+            **options,
         )
+
+
+@quantizer("inc_cpu_qoperator", environment="inc", format="QOperator")
+@quantizer("inc_cpu", environment="inc", format="QDQ")
+def neural_compressor(ctx: Context, format: str) -> None:
+    """Intel Neural Compressor 2.6, ONNX, with its defaults for the CPU; all in one stage.
+
+    Without a function that measures accuracy it takes the first of its tuning steps, which quantizes all that it can.
+    """
+    with ctx.stage("import"):
+        from neural_compressor import PostTrainingQuantConfig, quantization
+
+    class Loader:
+        batch_size = ctx.task.batch
+
+        def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+            return ((batch, 0) for batch in ctx.numpy_batches())
+
+    images = sum(len(batch) for batch in ctx.calibration)
+    config = PostTrainingQuantConfig(quant_format=format, calibration_sampling_size=[images])
+    with ctx.stage("all"):
+        quantization.fit(str(ctx.float_onnx), config, calib_dataloader=Loader()).save(str(ctx.out))
 
 
 @quantizer("torch_fx_minmax", observer="MinMaxObserver")

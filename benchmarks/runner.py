@@ -22,6 +22,8 @@ from peers import QUANTIZERS
 from tasks import TASKS
 
 PEERS_PYTHON = "FXQ_PEERS_PYTHON"
+ENVIRONMENTS = {"peers": (PEERS_PYTHON, "setup_peers.sh"), "inc": ("FXQ_INC_PYTHON", "setup_inc.sh")}
+"""Environments of other tools: the variable that names their Python (and their option), and what makes them."""
 TENSORRT_FOLDER = "FXQ_TENSORRT"
 Result = dict[str, Any]
 Results = dict[str, dict[str, Result]]  # task -> quantizer -> result
@@ -33,11 +35,12 @@ def options(description: str, peers: str, engine: bool) -> argparse.ArgumentPars
     parser.add_argument(
         "--peers", default=peers, help=f"comma-separated, of {', '.join(QUANTIZERS)} (default: {peers})"
     )
-    parser.add_argument(
-        "--peers-python",
-        default=os.environ.get(PEERS_PYTHON),
-        help=f"the Python of the environment that setup_peers.sh made (default: {PEERS_PYTHON})",
-    )
+    for environment, (variable, script) in ENVIRONMENTS.items():
+        parser.add_argument(
+            f"--{environment}-python",
+            default=os.environ.get(variable),
+            help=f"the Python of the environment that {script} made (default: {variable})",
+        )
     parser.add_argument("--data", help=f"the data folder (default: {images.DATA_VARIABLE})")
     work = Path(tempfile.gettempdir()) / "fxq-benchmarks"
     parser.add_argument("--work", type=Path, default=work, help=f"ONNX files and logs (default: {work})")
@@ -64,16 +67,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     unknown = [name for name in args.peers if name not in QUANTIZERS]
     if unknown or not args.peers:
         parser.error(f"--peers: unknown {', '.join(unknown) or 'nothing'}; there are {', '.join(QUANTIZERS)}")
-    foreign = [name for name in args.peers if QUANTIZERS[name].environment != "own"]
-    if foreign and not args.judge_only:
-        if not args.peers_python:
-            parser.error(
-                f"{', '.join(foreign)}: make their environment with `setup_peers.sh DIR` and pass "
-                f"--peers-python DIR/bin/python (or set {PEERS_PYTHON})"
-            )
-        args.peers_python = str(Path(args.peers_python).absolute())  # not resolved: a venv's Python is a link
-        if not os.access(args.peers_python, os.X_OK):
-            parser.error(f"--peers-python: {args.peers_python} is no executable")
+    for environment in ENVIRONMENTS:
+        foreign = [name for name in args.peers if QUANTIZERS[name].environment == environment]
+        if foreign and not args.judge_only:
+            _check_environment(parser, args, environment, foreign)
     if any(name.startswith("fxq") for name in args.peers) and importlib.util.find_spec("fxq") is None:
         parser.error("fxq is not importable: install it, or put the checkout on PYTHONPATH")
     if args.data:
@@ -86,6 +83,21 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args.work, args.threads = args.work.resolve(), max(1, args.threads)
     torch.set_num_threads(args.threads)  # this process trains and judges
     return args
+
+
+def _check_environment(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, environment: str, names: list[str]
+) -> None:
+    (variable, script), option = ENVIRONMENTS[environment], f"{environment}_python"
+    if not getattr(args, option):
+        parser.error(
+            f"{', '.join(names)}: make their environment with `{script} DIR` and pass "
+            f"--{environment}-python DIR/bin/python (or set {variable})"
+        )
+    python = str(Path(getattr(args, option)).absolute())  # not resolved: a venv's Python is a link
+    if not os.access(python, os.X_OK):
+        parser.error(f"--{environment}-python: {python} is no executable")
+    setattr(args, option, python)
 
 
 def _check_tensorrt(parser: argparse.ArgumentParser, folder: Path | None) -> None:
@@ -103,7 +115,7 @@ def run_worker(args: argparse.Namespace, peer: str, task: str, base: Path, profi
         if old.is_file():
             old.unlink()
     own = QUANTIZERS[peer].environment == "own"
-    python = sys.executable if own else args.peers_python
+    python = sys.executable if own else getattr(args, f"{QUANTIZERS[peer].environment}_python")
     command = [python, "-W", "ignore", str(HERE / "worker.py"), "--peer", peer, "--task", task]
     command += ["--base", str(base), "--work", str(work), "--threads", str(args.threads)]
     if profile:
