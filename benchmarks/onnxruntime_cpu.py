@@ -95,7 +95,9 @@ def table(task: str, rows: dict[str, Result], cells: list[Cell]) -> str:
     lines = ["| " + " | ".join([task, "top-1", "SQNR dB", "changed", *names]) + " |", "|---" * (4 + len(names)) + "|"]
     for peer, result in rows.items():
         if not result.get("ok"):
-            lines.append(f"| {peer} | failed: {' '.join(str(result.get('error')).split())[:160]} |" + " |" * (2 + len(names)))
+            lines.append(
+                f"| {peer} | failed: {' '.join(str(result.get('error')).split())[:160]} |" + " |" * (2 + len(names))
+            )
             continue
         judged = [at(result, "onnxruntime", key) for key in ("top1", "sqnr_db", "changed")]
         accuracy = [show(judged[0]), "" if peer == FLOAT else show(judged[1]), "" if peer == FLOAT else str(judged[2])]

@@ -184,19 +184,17 @@ def onnxruntime_static(ctx: Context, method: str) -> None:
     _quantize_static(ctx, method, activation="QInt8", op_types_to_quantize=operators, extra_options=extra)
 
 
-@quantizer("ort_cpu_qoperator", format="QOperator")
-@quantizer("ort_cpu", format="QDQ")
-def onnxruntime_cpu(ctx: Context, format: str) -> None:
+@quantizer("ort_cpu_qoperator", quant_format="QOperator")
+@quantizer("ort_cpu", quant_format="QDQ")
+def onnxruntime_cpu(ctx: Context, quant_format: str) -> None:
     """ONNX Runtime's quantize_static for its own CPU provider: uint8 activations, int8 weights per channel.
 
     The weights keep 8 bits, which needs a CPU with VNNI; its documentation asks for 7 (reduce_range) without.
     """
-    _quantize_static(ctx, "MinMax", activation="QUInt8", quant_format=format)
+    _quantize_static(ctx, "MinMax", activation="QUInt8", quant_format=quant_format)
 
 
-def _quantize_static(
-    ctx: Context, method: str, *, activation: str, quant_format: str = "QDQ", **options: Any
-) -> None:
+def _quantize_static(ctx: Context, method: str, *, activation: str, quant_format: str = "QDQ", **options: Any) -> None:
     with ctx.stage("import"):
         from onnxruntime import quantization as ort
         from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -229,9 +227,9 @@ def _quantize_static(
         )
 
 
-@quantizer("inc_cpu_qoperator", environment="inc", format="QOperator")
-@quantizer("inc_cpu", environment="inc", format="QDQ")
-def neural_compressor(ctx: Context, format: str) -> None:
+@quantizer("inc_cpu_qoperator", environment="inc", quant_format="QOperator")
+@quantizer("inc_cpu", environment="inc", quant_format="QDQ")
+def neural_compressor(ctx: Context, quant_format: str) -> None:
     """Intel Neural Compressor 2.6, ONNX, with its defaults for the CPU; all in one stage.
 
     Without a function that measures accuracy it takes the first of its tuning steps, which quantizes all that it can.
@@ -246,7 +244,7 @@ def neural_compressor(ctx: Context, format: str) -> None:
             return ((batch, 0) for batch in ctx.numpy_batches())
 
     images = sum(len(batch) for batch in ctx.calibration)
-    config = PostTrainingQuantConfig(quant_format=format, calibration_sampling_size=[images])
+    config = PostTrainingQuantConfig(quant_format=quant_format, calibration_sampling_size=[images])
     with ctx.stage("all"):
         quantization.fit(str(ctx.float_onnx), config, calib_dataloader=Loader()).save(str(ctx.out))
 

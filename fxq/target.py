@@ -18,7 +18,7 @@ from .errors import RecipeError, TargetError
 from .specs import DTYPES, QSpec, spec_from
 from .target_files import extended, read_target
 
-__all__ = ["ACTIONS", "POLICIES", "Heuristic", "OpPlacement", "Refusal", "Residual", "Target"]
+__all__ = ["ACTIONS", "POLICIES", "Biases", "Heuristic", "OpPlacement", "Refusal", "Residual", "Target"]
 
 POLICIES: Final = ("skip", "none")
 ACTIONS: Final = ("advise", "exclude", "ignore")
@@ -100,6 +100,23 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Biases:
+    """Biases that the backend's kernels take as integers, in steps of input scale times weight scale.
+
+    Attributes:
+        kinds: Op kinds whose kernels do.
+        rule: Rule id to cite.
+        reason: One sentence to give.
+        ranks: For some of the kinds, how many dimensions the input must have.
+    """
+
+    kinds: frozenset[str]
+    rule: str
+    reason: str
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Heuristic:
     """A kernel heuristic: a rule about shapes that the backend runs badly in low precision.
 
@@ -150,6 +167,8 @@ class Target:
         ties: Op kinds whose inputs and output share one scale (R19, R27).
         heuristics: Shape rules.
         refuses: Specs that a recipe may not ask for.
+        bias: Which biases are stored as integers; None leaves all of them float (R17).
+        rules: The family of rules that files for this backend are checked by.
 
     Raises:
         TargetError: A default spec is incomplete.
@@ -163,6 +182,8 @@ class Target:
     ties: frozenset[str] = frozenset()
     heuristics: tuple[Heuristic, ...] = ()
     refuses: tuple[Refusal, ...] = ()
+    bias: Biases | None = None
+    rules: str = "R"
 
     def __post_init__(self) -> None:
         for name in ("activation", "weight"):
@@ -175,7 +196,8 @@ class Target:
     @property
     def kinds(self) -> frozenset[str]:
         """Every op kind that its data names."""
-        named = [self.residual.weighted, self.ties, *(h.kinds for h in self.heuristics)]
+        bias = [self.bias.kinds] if self.bias is not None else []
+        named = [self.residual.weighted, self.ties, *bias, *(h.kinds for h in self.heuristics)]
         return frozenset(self.ops).union(*named)
 
     def at(self, version: str | None = None, compute_capability: str | None = None) -> Target:
@@ -238,6 +260,8 @@ class Target:
                 ties=frozenset(data.get("ties", ())),
                 heuristics=tuple(_heuristic(row, where) for row in data.get("heuristics", ())),
                 refuses=tuple(_refusal(row, where) for row in data.get("refuses", ())),
+                bias=_biases(data["bias"], where) if data.get("bias") is not None else None,
+                rules=str(data.get("rules", "R")),
             )
         except (KeyError, TypeError, AttributeError, RecipeError) as error:
             raise TargetError(
@@ -288,6 +312,11 @@ def _residual(data: Mapping[str, Any], where: str) -> Residual:
 def _heuristic(row: Mapping[str, Any], where: str) -> Heuristic:
     _only(row, {f.name for f in fields(Heuristic)}, where)
     return Heuristic(**{**row, "kinds": frozenset(row["kinds"])})
+
+
+def _biases(data: Mapping[str, Any], where: str) -> Biases:
+    _only(data, {f.name for f in fields(Biases)}, where)
+    return Biases(**{**data, "kinds": frozenset(data["kinds"])})
 
 
 def _refusal(row: Mapping[str, Any], where: str) -> Refusal:

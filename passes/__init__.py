@@ -18,6 +18,7 @@ from .fuse_batch_norm import FuseBatchNorm
 from .insert_quantizers import InsertQuantizers
 from .keep_dropout import KeepDropout
 from .pipelines import CONVERT, PREPARE, PREPARE_QAT
+from .quantize_biases import QuantizeBiases
 from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .set_aside_training import SetAsideTraining
@@ -42,6 +43,7 @@ __all__ = [
     "FuseBatchNorm",
     "InsertQuantizers",
     "KeepDropout",
+    "QuantizeBiases",
     "ResidualAdd",
     "RestoreTraining",
     "SetAsideTraining",

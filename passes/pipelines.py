@@ -21,6 +21,7 @@ from .functionalize import Functionalize
 from .fuse_batch_norm import FuseBatchNorm
 from .insert_quantizers import InsertQuantizers
 from .keep_dropout import KeepDropout
+from .quantize_biases import QuantizeBiases
 from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .set_aside_training import SetAsideTraining
@@ -56,5 +57,5 @@ PREPARE_QAT: Final = replace(
 )
 """Traced graph to a graph with fake quantizers in the same places, which trains."""
 
-CONVERT: Final = Pipeline("convert", (FinishTraining(), CorrectBiases(), ConvertQuantizers()))
+CONVERT: Final = Pipeline("convert", (FinishTraining(), CorrectBiases(), ConvertQuantizers(), QuantizeBiases()))
 """Calibrated or trained graph to a graph with explicit quantize and dequantize operations."""
