@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import fx
@@ -42,6 +42,7 @@ __all__ = [
     "update_state",
 ]
 
+_Error = TypeVar("_Error", bound=FxqError)
 STATE: Final = "fxq"
 ORIGIN: Final = "origin"
 TENSOR: Final = "tensor"
@@ -226,7 +227,7 @@ def edge_annotations(node: fx.Node) -> Mapping[int | str, Annotation]:
     return found
 
 
-def error_at(kind: type[FxqError], message: str, node: fx.Node, hint: str | None = None) -> FxqError:
+def error_at(kind: type[_Error], message: str, node: fx.Node, hint: str | None = None) -> _Error:
     """An error of type `kind` that names the node, its module path and the user's source line."""
     where = origin(node)
     source = f"{where.source}: {where.code}" if where.source and where.code else where.source

@@ -21,7 +21,7 @@ from .graph import state
 from .instruments import Instrument
 from .pass_text import parse_passes
 from .passbase import Pass, PassResult, providers
-from .verify import unknown, verify
+from .verify import PROPERTIES, unknown, verify
 
 __all__ = ["PassManager", "PassRun", "Pipeline"]
 
@@ -107,7 +107,10 @@ class Pipeline:
         for index, p in enumerate(self.passes):
             strange = unknown((*p.requires, *p.provides))
             if strange:
-                raise PassError(f"pass {p.name} speaks of {', '.join(strange)}, which is no property of a graph")
+                raise PassError(
+                    f"pass {p.name} speaks of {', '.join(strange)}, which is no property of a graph",
+                    hint=f"there are {', '.join(PROPERTIES)}",
+                )
             for need in p.requires:
                 if need not in have:
                     later = [q.name for q in self.passes[index + 1 :] if need in q.provides]
@@ -158,9 +161,15 @@ class PassManager:
         """Run `pipeline` on a copy of `gm`, or on `gm` itself.
 
         Raises:
-            PassError: The order is wrong, or a pass failed; the message says after which passes.
+            PassError: That is no pipeline, its order is wrong, or a pass failed; the message says after which passes.
             VerifyError: A pass left an illegal graph.
         """
+        given: object = pipeline
+        if not isinstance(given, Pipeline):
+            hint = (
+                "read it by fxq.Pipeline.parse" if isinstance(given, str) else 'write fxq.Pipeline("mine", (A(), B()))'
+            )
+            raise PassError(f"a {type(given).__name__} is no pipeline", hint=hint)
         pipeline.check_order(state(gm).properties)
         work = gm if inplace else copy.deepcopy(gm)
         self.log = []

@@ -1,7 +1,7 @@
 """Passes and their options as text, and read back from it: ``residual-add``, ``cap{limit=6.0, mode='hard'}``.
 
-Options are Python literals, or frozen dataclasses and enum members that the pass's own module knows by name.
-Text is never executed.
+Options are Python literals, ``inf``, ``nan``, torch's dtypes, frozen dataclasses and enum members that the pass's own
+module knows by name, and tuples, lists, sets and dicts of all these. Text is never executed.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import ast
 import dataclasses
 import enum
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+import torch
 
 from .errors import PassError
 from .passbase import Pass
 
 __all__ = ["loaded_passes", "parse_passes"]
 
+_LITERALS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan, "frozenset()": frozenset(), "set()": set()}
 _NAME = re.compile(r"\s*([A-Za-z0-9][\w.-]*)\s*")
 
 
@@ -60,9 +64,17 @@ def loaded_passes(first: Iterable[type[Pass]] = ()) -> dict[str, tuple[type[Pass
     found: dict[str, tuple[type[Pass], ...]] = {}
     for kind in _subclasses(Pass):  # type: ignore[type-abstract]
         name = getattr(kind, "name", None)
-        if isinstance(name, str) and not kind.__abstractmethods__:
+        if isinstance(name, str) and not kind.__abstractmethods__ and not _redefined(kind):
             found[name] = (*found.get(name, ()), kind)
     return {**found, **given}
+
+
+def _redefined(kind: type[Pass]) -> bool:
+    """Whether another class has taken its place, as when a notebook's cell runs twice."""
+    now: Any = sys.modules.get(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        now = getattr(now, part, None)
+    return isinstance(now, type) and now is not kind
 
 
 def _subclasses(kind: type[Pass]) -> Iterator[type[Pass]]:
@@ -110,8 +122,11 @@ def _make(name: str, options: str, registry: dict[str, tuple[type[Pass], ...]]) 
     call = ast.parse(f"dict({options})", mode="eval").body
     assert isinstance(call, ast.Call)
     known = {f.name for f in dataclasses.fields(kind) if f.init}
-    values = {}
+    values: dict[str, Any] = {}
     for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in values:
+            said = f"{{{options}}} spreads a mapping" if keyword.arg is None else f"{keyword.arg} is given twice"
+            raise PassError(f"pass {name}: {said}", hint="options are written name=value, each once")
         if keyword.arg not in known:
             raise PassError(
                 f"pass {name} has no option {keyword.arg!r}",
@@ -140,9 +155,14 @@ def _value(tree: ast.expr, kind: type[Pass]) -> Any:
         owner = getattr(sys.modules[kind.__module__], tree.value.id, None)
         if isinstance(owner, type) and issubclass(owner, enum.Enum) and tree.attr in owner.__members__:
             return owner[tree.attr]
-    if isinstance(tree, ast.Tuple | ast.List):
-        values = [_value(element, kind) for element in tree.elts]
-        return tuple(values) if isinstance(tree, ast.Tuple) else values
+        if tree.value.id == "torch" and isinstance(getattr(torch, tree.attr, None), torch.dtype):
+            return getattr(torch, tree.attr)
+    if isinstance(tree, ast.Tuple | ast.List | ast.Set | ast.Dict):
+        return _container(tree, kind)
+    if isinstance(tree, ast.Call) and ast.unparse(tree.func) == "frozenset" and len(tree.args) == 1:
+        return frozenset(_value(tree.args[0], kind))
+    if ast.unparse(tree) in _LITERALS:
+        return _LITERALS[ast.unparse(tree)]
     try:
         return ast.literal_eval(tree)
     except ValueError as error:
@@ -150,3 +170,11 @@ def _value(tree: ast.expr, kind: type[Pass]) -> Any:
             f"{ast.unparse(tree)} is no option that text can hold",
             hint="options are literals, or dataclasses and enums that the pass's module has",
         ) from error
+
+
+def _container(tree: ast.Tuple | ast.List | ast.Set | ast.Dict, kind: type[Pass]) -> Any:
+    if isinstance(tree, ast.Dict):
+        keys = (key for key in tree.keys if key is not None)
+        return {_value(key, kind): _value(held, kind) for key, held in zip(keys, tree.values, strict=True)}
+    values = [_value(element, kind) for element in tree.elts]
+    return values if isinstance(tree, ast.List) else tuple(values) if isinstance(tree, ast.Tuple) else set(values)

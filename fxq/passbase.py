@@ -10,21 +10,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import inspect
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal, Self, get_args
 
 from torch import fx
 
 from . import html
 from .editor import Editor
 from .errors import FxqError, PassError
-from .graph import Note, state, update_state
+from .graph import EDGES, Note, state, update_state
 
 __all__ = ["Numeric", "Pass", "PassResult", "providers"]
 
 Numeric = Literal["exact", "rounding", "changes-values"]
+_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,15 @@ class Pass(ABC):
     provides: ClassVar[tuple[str, ...]] = ()
     numeric: ClassVar[Numeric] = "exact"
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make a pass.
+
+        Raises:
+            PassError: Its class declares something wrongly; the message says what to write.
+        """
+        _check_declaration(cls)
+        return super().__new__(cls)
+
     @abstractmethod
     def call(self, editor: Editor) -> None:
         """Change the graph through `editor`, and in no other way."""
@@ -98,7 +111,8 @@ class Pass(ABC):
             inplace: Change `gm` itself instead of a copy.
 
         Raises:
-            PassError: A required property does not hold, or the pass broke its promise.
+            PassError: A required property does not hold; the pass failed, broke its promise, or changed the graph
+                past the Editor and nothing through it.
         """
         missing = [p for p in self.requires if p not in state(gm).properties]
         if missing:
@@ -107,19 +121,18 @@ class Pass(ABC):
                 hint=f"run first: {', '.join(providers(p) for p in missing)}",
             )
         work = gm if inplace else copy.deepcopy(gm)
-        editor = Editor(work)
-        try:
+        editor, before = Editor(work), _calls(work)
+        with self._bugs_named():
             self.call(editor)
-        except FxqError:
-            raise
-        except Exception as error:
-            raise PassError(
-                f"pass {self.name} failed: {type(error).__name__}: {error}",
-                hint="this is a bug in the pass; its traceback is above",
-            ) from error
         if editor.modified:
             self._finish(work)
-        self.ensures(work)
+        elif _calls(work) != before:
+            raise PassError(
+                f"pass {self.name} changed the graph past the Editor, which counts changes",
+                hint="change it by editor.retarget, editor.replace, editor.erase, editor.annotate …",
+            )
+        with self._bugs_named():
+            self.ensures(work)
         now = state(work)
         known = set(now.notes)
         new = tuple(note for note in dict.fromkeys(editor.notes) if note not in known)
@@ -128,12 +141,26 @@ class Pass(ABC):
             update_state(work, properties=held, notes=(*now.notes, *new))
         return PassResult(work, editor.modified, dict(editor.counts), new)
 
+    @contextmanager
+    def _bugs_named(self) -> Iterator[None]:
+        """Turn what is no error of fxq into one that names the pass."""
+        try:
+            yield
+        except FxqError:
+            raise
+        except Exception as error:
+            raise PassError(
+                f"pass {self.name} failed: {type(error).__name__}: {error}",
+                hint="this is a bug in the pass; its traceback is above",
+            ) from error
+
     def _finish(self, work: fx.GraphModule) -> None:
         try:
             work.graph.lint()
         except (RuntimeError, ValueError) as error:
+            lines = str(error).splitlines()  # the graph follows
             raise PassError(
-                f"pass {self.name} left a broken graph: {error}", hint="this is a bug in the pass"
+                f"pass {self.name} left a broken graph: {lines[0]}", hint="this is a bug in the pass"
             ) from error
         work.recompile()
 
@@ -155,7 +182,47 @@ def _text(value: Any) -> str:
     """An option as :mod:`fxq.pass_text` reads it."""
     if isinstance(value, enum.Enum):
         return f"{type(value).__name__}.{value.name}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = (f"{f.name}={_text(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.init)
+        return f"{type(value).__name__}({', '.join(given)})"
+    if type(value) is dict:
+        return "{" + ", ".join(f"{_text(key)}: {_text(held)}" for key, held in value.items()) + "}"
+    if type(value) in (set, frozenset) and value:
+        held = "{" + ", ".join(sorted(map(_text, value))) + "}"
+        return held if type(value) is set else f"frozenset({held})"
+    if type(value) in (tuple, list):
+        inner = ", ".join(map(_text, value))
+        return f"[{inner}]" if type(value) is list else f"({inner},)" if len(value) == 1 else f"({inner})"
     return repr(value)
+
+
+def _check_declaration(kind: type[Pass]) -> None:
+    """Refuse what would go wrong later, or change nothing in silence."""
+    name, where = getattr(kind, "name", None), kind.__qualname__
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        said = "has no name" if name is None else f"is called {name!r}, which pipelines cannot write"
+        raise PassError(f"pass {where} {said}", hint='give it one in kebab-case: name = "fold-pad"')
+    for key in ("requires", "provides"):
+        value: object = getattr(kind, key)
+        if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+            raise PassError(
+                f"{key} of pass {name} is {value!r}, no tuple of names", hint=f'write {key} = ("canonical",)'
+            )
+    if kind.numeric not in get_args(Numeric):
+        raise PassError(
+            f"numeric of pass {name} is {kind.numeric!r}", hint=f"use one of {', '.join(get_args(Numeric))}"
+        )
+    loose = [key for key, kept in inspect.get_annotations(kind).items() if "ClassVar" not in str(kept)]
+    if loose and "__dataclass_params__" not in vars(kind):
+        raise PassError(
+            f"pass {name} has the options {', '.join(loose)} and is no dataclass",
+            hint=f"write @dataclass(frozen=True) above class {where}",
+        )
+
+
+def _calls(gm: fx.GraphModule) -> list[tuple[Any, ...]]:
+    """What each node calls and how it is annotated; fx replaces these values and does not change them."""
+    return [(n, n.op, n.target, n.args, n.kwargs, n.meta.get(EDGES)) for n in gm.graph.nodes]
 
 
 def providers(need: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .errors import VerifyError
-from .graph import attribute, edge_annotations, error_at, state
+from .graph import attribute, constant, edge_annotations, error_at, state
 from .ops import IDENTITY_MODULES, bind, inplace_target, kind, spelling
 from .qdq import DEQUANTIZE, QUANTIZE
 from .quantizer import Quantizer
@@ -113,8 +113,10 @@ def _quantized(gm: fx.GraphModule) -> Iterator[Problem]:
         if node.target is QUANTIZE and any(user.target is not DEQUANTIZE for user in node.users):
             yield node, "feeds something that takes no integers"
         if node.target in (QUANTIZE, DEQUANTIZE):
-            scale = attribute(gm, str(node.args[1].target))
-            if not bool(torch.all(scale > 0)):
+            scale = constant(node.args[1])
+            if scale is None:
+                yield node, "has a scale that is computed, not stored (R11)"
+            elif not bool(torch.all(scale > 0)):
                 yield node, "has a scale that is not positive (R9)"
 
 
@@ -140,8 +142,9 @@ def verify(gm: fx.GraphModule) -> None:
     try:
         gm.graph.lint()
     except (RuntimeError, ValueError) as error:
+        lines = str(error).splitlines()  # the graph follows
         raise VerifyError(
-            f"the graph is broken: {error}",
+            f"the graph is broken: {lines[0]}",
             hint="something changed it outside the Editor, or in the wrong order",
         ) from error
     held = state(gm).properties

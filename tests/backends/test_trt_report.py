@@ -139,12 +139,16 @@ def test_a_quantizer_that_a_convolution_needs_is_not_to_be_removed(tmp_path: Pat
 @pytest.mark.usefixtures("trt")
 def test_a_float_tensor_that_a_norm_reads_is_as_it_has_to_be(tmp_path: Path) -> None:
     net = Net(x=(8, 16, 64))
-    first = net.op("Add", [net.op("MatMul", [net.qdq("x"), net.weight("a", (64, 64), 1)], "a"), "x"], "sum")
-    scale = net.constant("gamma", np.ones(64, np.float32))
-    norm = net.op("LayerNormalization", [first, scale], "norm")
-    second = net.op("MatMul", [net.qdq(norm), net.weight("b", (64, 64), 1)], "b")
+    stream = "x"
+    for index in range(2):
+        norm = net.op(
+            "LayerNormalization", [stream, net.constant(f"g{index}", np.ones(64, np.float32))], f"norm{index}"
+        )
+        product = net.op("MatMul", [net.qdq(norm), net.weight(f"p{index}", (64, 64), 1)], f"p{index}")
+        stream = net.op("Add", [product, stream], f"sum{index}")
+    norm = net.op("LayerNormalization", [stream, net.constant("g", np.ones(64, np.float32))], "norm")
     path = tmp_path / "net.onnx"
-    onnx.save(net.model(net.op("Add", [second, first], "out")), path)
+    onnx.save(net.model(net.op("MatMul", [net.qdq(norm), net.weight("out", (64, 64), 1)], "out")), path)
     report = fxq.engine_report(fxq.build(path, tmp_path / "net.engine"), path)
     assert any(n.endswith("norm") for row in report.rows for n in row.kernel.onnx_nodes)
     assert not [f for f in report.findings if f.rule == "R39"], report.findings

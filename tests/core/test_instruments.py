@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import enum
+import math
 import operator
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from placing import Lambda
 from torch import Tensor, fx, nn
 from toys import (
@@ -131,6 +137,68 @@ def test_a_pipeline_is_read_back(name: str) -> None:
     assert Pipeline.parse(f"  {pipeline} \n", [Scaled, RoundedScaled]) == pipeline
 
 
+OPTIONS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.binary(max_size=3)
+    | st.sampled_from([Shape.SOFT, Part(2), Part(b="}"), torch.float16, frozenset(), frozenset({Shape.HARD})]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+        | st.frozensets(st.integers() | st.text(max_size=3), max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(OPTIONS)
+@settings(max_examples=200, deadline=None)
+def test_any_option_is_read_back(value: Any) -> None:
+    pipeline = Pipeline("p", (Scaled(sizes=value),))
+    again = Pipeline.parse(str(pipeline), [Scaled])
+    assert again == pipeline
+    assert str(again) == str(pipeline)
+
+
+def test_a_number_that_is_none_is_read_back() -> None:
+    (read,) = Pipeline.parse(f"p({Scaled(math.nan)})", [Scaled])
+    assert isinstance(read, Scaled)
+    assert math.isnan(read.factor)
+
+
+@given(st.lists(st.tuples(st.integers(0, 80), st.sampled_from("{}(),='\" ab1-\n*.")), min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_damaged_text_is_a_pass_error(damage: list[tuple[int, str]]) -> None:
+    text = f"p({Scaled(2.5)}, functionalize, {Scaled(sizes=[1, (2,)])})"
+    for at, character in damage:
+        text = text[:at] + character + text[at + 1 :]
+    with suppress(PassError):
+        Pipeline.parse(text, [Scaled])
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+from dataclasses import dataclass
+from fxq.passbase import Pass
+
+@dataclass(frozen=True)
+class Again(Pass):
+    name = "again"
+    def call(self, editor):
+        pass
+"""
+    cell = ModuleType("cell")
+    monkeypatch.setitem(sys.modules, "cell", cell)
+    exec(code, vars(cell))
+    first = cell.Again
+    exec(code, vars(cell))
+    assert type(Pipeline.parse("p(again)").passes[0]) is cell.Again is not first
+
+
 def test_a_pipeline_by_hand() -> None:
     pipeline = Pipeline.parse("mine( functionalize ,\n  scaled{factor=3.0}, drop-identities)", [Scaled])
     assert [p.name for p in pipeline] == ["functionalize", "scaled", "drop-identities"]
@@ -147,7 +215,8 @@ WRONG = {
     "no such option": ("p(scaled{size=1})", "pass scaled has no option 'size'"),
     "no literal": ("p(scaled{factor=exit()})", r"exit\(\) is no option that text can hold"),
     "an attribute": ("p(scaled{factor=torch.e})", "torch.e is no option that text can hold"),
-    "spread": ("p(scaled{**{}})", "pass scaled has no option None"),
+    "spread": ("p(scaled{**{}})", r"pass scaled: \{\*\*\{\}\} spreads a mapping"),
+    "twice": ("p(scaled{factor=1.0, factor=2.0})", "pass scaled: factor is given twice"),
     "a part that is none": ("p(scaled{parts=(Part(c=1),)})", r"Part\(c=1\) cannot be made: "),
     "a part spread": ("p(scaled{parts=(Part(**{}),)})", r"Part\(\*\*\{\}\) is no option that text can hold"),
     "by position": ("p(scaled{3})", "options are written name=value, not 3"),
@@ -278,6 +347,22 @@ def test_a_false_claim_names_the_first_node_that_differs(claim: str) -> None:
     assert "the first node that differs is sigmoid, by" in caught.value.message
     assert caught.value.node == "sigmoid"
     assert "test_instruments.py:" in str(caught.value.source)
+
+
+@dataclass(frozen=True)
+class Overfed(Pass):
+    """Gives ReLU an argument too many."""
+
+    name = "overfed"
+
+    def call(self, editor: Editor) -> None:
+        (node,) = editor.graph.find_nodes(op="call_function", target=torch.relu)
+        editor.retarget(node, torch.relu, (*node.args, 3))
+
+
+def test_a_graph_that_does_not_run_any_more_is_the_passs_error() -> None:
+    with pytest.raises(PassError, match=r"pass overfed left a graph that does not run: TypeError: relu\(\) takes 1"):
+        PassManager(instruments=[NumericCheck()]).run(Pipeline("p", (Overfed(),)), small())
 
 
 def test_what_counts_as_a_difference() -> None:

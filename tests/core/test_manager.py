@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -135,8 +136,16 @@ def test_unknown_properties() -> None:
     class Odd(Named):
         provides = ("fussed",)
 
-    with pytest.raises(PassError, match="pass named speaks of fussed, which is no property of a graph"):
+    with pytest.raises(PassError, match="pass named speaks of fussed, which is no property of a graph") as caught:
         Pipeline("p", (Odd(),)).check_order(frozenset())
+    assert "fused" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("given", "hint"), [("prepare()", "Pipeline.parse"), ([DropIdentities()], "fxq.Pipeline(")])
+def test_what_is_no_pipeline(given: Any, hint: str) -> None:
+    with pytest.raises(PassError, match="is no pipeline") as caught:
+        fxq.prepare(basic_net(), image(1, 3, 16, 16), pipeline=given)
+    assert hint in str(caught.value.hint)
 
 
 # Running.

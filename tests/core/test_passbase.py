@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from toys import image, plain_state, seeded, traced
 
 from fxq.editor import Editor
 from fxq.errors import PassError, RecipeError
-from fxq.graph import state
+from fxq.graph import EDGES, Annotation, state
 from fxq.passbase import Pass, PassResult, providers
 from fxq.passes import PREPARE
 from fxq.printer import format_graph
@@ -149,6 +149,42 @@ def test_a_bug_in_a_pass_is_a_pass_error() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_a_bug_in_a_promise_is_a_pass_error() -> None:
+    class Promising(Plain):
+        def ensures(self, gm: fx.GraphModule) -> None:
+            raise KeyError("oops")
+
+    with pytest.raises(PassError, match="pass plain failed: KeyError: 'oops'"):
+        Promising()(graph())
+
+
+def past_by_arguments(editor: Editor) -> None:
+    first, last = editor.graph.find_nodes(op="call_function", target=torch.tanh)
+    last.args = first.args
+
+
+def past_by_erasing(editor: Editor) -> None:
+    _, last = editor.graph.find_nodes(op="call_function", target=torch.tanh)
+    last.replace_all_uses_with(last.args[0])
+    editor.graph.erase_node(last)
+
+
+def past_by_annotating(editor: Editor) -> None:
+    first, _ = editor.graph.find_nodes(op="call_function", target=torch.tanh)
+    first.meta[EDGES] = {0: Annotation(None, "R1", "so")}
+
+
+@pytest.mark.parametrize("change", [past_by_arguments, past_by_erasing, past_by_annotating])
+def test_changes_past_the_editor_are_refused(change: Callable[[Editor], None]) -> None:
+    class Past(Plain):
+        def call(self, editor: Editor) -> None:
+            change(editor)
+
+    with pytest.raises(PassError, match="pass plain changed the graph past the Editor") as caught:
+        Past()(graph())
+    assert "editor.retarget" in str(caught.value.hint)
+
+
 def test_errors_for_users_pass_through() -> None:
     class Refusing(Plain):
         def call(self, editor: Editor) -> None:
@@ -165,8 +201,9 @@ def test_a_broken_graph_is_a_pass_error() -> None:
             editor.set_arg(tanh, 0, last)  # reads what comes later
 
     gm = graph()
-    with pytest.raises(PassError, match="pass plain left a broken graph"):
+    with pytest.raises(PassError, match="pass plain left a broken graph: Argument 'tanh_1'") as caught:
         Breaking()(gm)
+    assert "graph()" not in caught.value.message
     assert torch.equal(gm(image(2, 3)), torch.tanh(torch.tanh(image(2, 3))) * 2)
 
 
@@ -193,6 +230,25 @@ def test_a_pass_must_say_what_it_does() -> None:
 
     with pytest.raises(TypeError, match="abstract"):
         Idle()  # type: ignore[abstract]
+
+
+DECLARED: dict[str, tuple[dict[str, Any], str]] = {
+    "no name": ({"name": None}, "has no name"),
+    "a name that pipelines cannot write": ({"name": "my pass"}, "is called 'my pass'"),
+    "a string of requirements": ({"requires": "canonical"}, "requires of pass plain is 'canonical', no tuple"),
+    "a string of promises": ({"provides": "fused"}, "provides of pass plain is 'fused', no tuple"),
+    "an unknown promise about numbers": ({"numeric": "Exact"}, "numeric of pass plain is 'Exact'"),
+    "options without dataclass": ({"__annotations__": {"limit": "int"}, "limit": 3}, "has the options limit and is no"),
+}
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_a_class_that_declares_something_wrongly(case: str) -> None:
+    attributes, message = DECLARED[case]
+    kind = type("Wrong", (Plain,), attributes)
+    with pytest.raises(PassError, match=message) as caught:
+        kind()
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("p", PREPARE.passes, ids=str)

@@ -185,7 +185,7 @@ def test_the_built_in_passes(p: Pass) -> None:
 
 
 BAD: dict[str, tuple[Pass, str]] = {
-    "hidden": (Hidden(), "pass hidden says nothing of what it changed"),
+    "hidden": (Hidden(), "pass hidden changed the graph past the Editor"),
     "hidden weights": (HiddenWeights(), "pass hidden-weights says nothing of what it changed"),
     "boastful": (Boastful(), "pass boastful says that it changed the graph, and it did not"),
     "restless": (Restless(), "pass restless changes its own result on a second run"),
