@@ -7,7 +7,6 @@ along the graph.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import EngineError
 from ..graph import origin
+from ..sqnr import decibels
 from .onnx_inputs import placeholder_values
 from .onnx_names import NODE, properties
 from .onnxrt import Session
@@ -154,7 +154,7 @@ def _difference(node: fx.Node, ours: Tensor, theirs: Tensor) -> NodeDifference:
         dtype=ours.dtype,
         share=float((off > 0).double().mean()) if off.numel() else 0.0,
         largest=float(off.max()) if off.numel() else 0.0,
-        sqnr=math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf,
+        sqnr=decibels(signal, noise),
         module_path=where.module_path,
         source=where.source,
     )

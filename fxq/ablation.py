@@ -8,7 +8,6 @@ quantizers cost about n forward passes, not 2 n.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from torch.utils import _pytree as pytree
 from . import html
 from .batches import Inputs, model_inputs, moved
 from .errors import CalibrationError, FxqError
-from .graph import constant, origin
+from .graph import constant, device_of, origin
 from .pictures import Bar, bars_picture
 from .quantizer import quantizers
-from .stepping import Stepper, quantizing
+from .sqnr import decibels
+from .stepping import Stepper, quantizing, require_solved
 from .tables import plain_number, table
 from .verify import quantizer_of
 
@@ -135,10 +135,10 @@ def sensitivity(prepared: fx.GraphModule, inputs: Any, *, progress: bool = True)
         CalibrationError: A quantizer has no scale yet, or there is no input.
         FxqError: The graph has no quantizers, or returns no floating-point tensor.
     """
-    _require_solved(prepared)
-    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    _require_quantizers(prepared)
+    require_solved(prepared)
     several = inputs if isinstance(inputs, list) else [inputs]
-    batches = [moved(model_inputs(prepared, batch), device) for batch in several]
+    batches = [moved(model_inputs(prepared, batch), device_of(prepared)) for batch in several]
     if not batches:
         raise CalibrationError("there is no input to measure on", hint="pass one batch or more")
     signal, noises = 0.0, dict[str, tuple[float, float]]()
@@ -159,19 +159,11 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)), None)
 
 
-def _require_solved(prepared: fx.GraphModule) -> None:
-    found = quantizers(prepared)
-    if not found:
+def _require_quantizers(prepared: fx.GraphModule) -> None:
+    if not quantizers(prepared):
         raise FxqError(
             "this graph has no quantizers to switch",
             hint="measure what fxq.prepare returned, calibrated, before fxq.convert",
-        )
-    unsolved = [name for name, quantizer in found.items() if not quantizer.solved]
-    if unsolved:
-        raise CalibrationError(
-            f"{len(unsolved)} quantizers have no scale: {', '.join(unsolved)}",
-            node=unsolved[0],
-            hint="run fxq.calibrate(prepared, batches) first",
         )
 
 
@@ -218,9 +210,5 @@ def _rows(gm: fx.GraphModule, signal: float, noises: Mapping[str, tuple[float, f
             continue
         weight = constant(node.args[0]) is not None
         where = origin(next(iter(node.users)) if weight else node.args[0])
-        alone, cumulative = (_sqnr(signal, noise) for noise in noises[module.tensor])
+        alone, cumulative = (decibels(signal, noise) for noise in noises[module.tensor])
         yield SensitivityRow(module.tensor, weight, where.module_path, where.source, alone, cumulative)
-
-
-def _sqnr(signal: float, noise: float) -> float:
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 
-__all__ = ["bind_arguments", "example_arguments", "has_tensor", "kept_arguments"]
+__all__ = ["bind_arguments", "example_arguments", "forward_values", "has_tensor", "kept_arguments"]
 
 _STARS: Final[dict[Any, str]] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
@@ -73,6 +73,17 @@ def bind_arguments(
                 hint="wrap the model in a module whose forward names its inputs",
             )
     return values
+
+
+def forward_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What each parameter of forward gets in a call, in order, defaults included.
+
+    Raises:
+        TypeError: The call does not fit.
+    """
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
 
 
 def kept_arguments(

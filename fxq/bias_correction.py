@@ -11,10 +11,8 @@ The graph is walked once, node by node, with the float and the quantized value o
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -22,10 +20,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .batches import Inputs
-from .graph import attribute, tensor_info
+from .graph import device_of, tensor_info
 from .ops import kind_name
 from .qdq import fake_quantize
-from .quantizer import Quantizer, submodule_name
+from .quantizer import submodule_name
+from .stepping import Stepper, Values
+from .verify import quantizer_of
 
 __all__ = ["CORRECTIONS", "Sampler", "correct_biases", "store_corrections"]
 
@@ -79,14 +79,6 @@ def _samples(batch: Any) -> int:
     return len(leaves[0]) if leaves else 1
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """What a node gives for each batch, in float and with everything before it quantized."""
-
-    real: Sequence[Any]
-    rounded: Sequence[Any]
-
-
 @torch.inference_mode()
 def correct_biases(gm: fx.GraphModule, batches: Sequence[Inputs]) -> dict[str, Tensor]:
     """The correction of each weighted operation's bias.
@@ -101,26 +93,65 @@ def correct_biases(gm: fx.GraphModule, batches: Sequence[Inputs]) -> dict[str, T
     Returns:
         Node name to what its bias gains, float32 [out channels]. Operations whose weight is float have none.
     """
-    last = {source: node for node in gm.graph.nodes for source in node.all_input_nodes}
-    values: dict[fx.Node, _Pair] = {}
+    stepper = Stepper(gm, lambda _: False)
+    last = {source: node for node in stepper.nodes for source in node.all_input_nodes}
+    real = [stepper.begin(inputs) for inputs in batches]
+    rounded = [dict(values) for values in real]
     found: dict[str, Tensor] = {}
-    arguments = [_placeholders(gm, inputs) for inputs in batches]
-    for node in gm.graph.nodes:
+    for node in stepper.nodes:
         if node.op == "output":
             break
-        pair = _evaluate(gm, node, values, arguments)
+        if node.op != "placeholder":
+            _evaluate(stepper, node, real, rounded)
         channel = _CHANNEL.get(kind_name(node))
-        if channel is not None and _quantized(gm, node.args[1]):
-            correction = _mean_error(pair, channel)
+        if channel is not None and _has_quantized_weight(node):
+            correction = _mean_error([v[node] for v in real], [v[node] for v in rounded], channel)
             if correction is not None:
                 found[node.name] = correction
-                rounded = [_shifted(y, correction, channel) for y in pair.rounded]
-                pair = _Pair(pair.real, rounded)
-        values[node] = pair
+                for values in rounded:
+                    values[node] = _shifted(values[node], correction, channel)
         for source in node.all_input_nodes:
             if last[source] is node:
-                del values[source]
+                for values in (*real, *rounded):
+                    del values[source]
     return found
+
+
+def _evaluate(stepper: Stepper, node: fx.Node, real: Sequence[Values], rounded: Sequence[Values]) -> None:
+    """Give `node` its values for each batch: in float, and with everything before it quantized."""
+    quantizer = quantizer_of(node)
+    done: dict[int, Tensor] = {}  # a tensor that stands for all batches (a weight) is quantized only once
+    for plain, quantized in zip(real, rounded, strict=True):
+        plain[node] = stepper.value(node, plain)
+        if quantizer is not None and quantizer.solved:
+            x = quantized[node.all_input_nodes[0]]
+            if id(x) not in done:
+                name = quantizer.spec.qdtype.name
+                done[id(x)] = fake_quantize(x, quantizer.scale, quantizer.zero_point, quantizer.axis, name)
+            quantized[node] = done[id(x)]
+        elif all(plain[source] is quantized[source] for source in node.all_input_nodes):
+            quantized[node] = plain[node]
+        else:
+            quantized[node] = stepper.value(node, quantized)
+
+
+def _has_quantized_weight(node: fx.Node) -> bool:
+    quantizer = quantizer_of(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+    return quantizer is not None and quantizer.weight
+
+
+def _mean_error(real: Sequence[Tensor], rounded: Sequence[Tensor], channel: int) -> Tensor | None:
+    """Mean of (real - rounded) per channel, 0 where it is not significant; None for a single sample."""
+    errors = []
+    for one, other in zip(real, rounded, strict=True):
+        error = (one - other).float().movedim(channel, -1)
+        errors.append(error.reshape(len(error), -1, error.shape[-1]).mean(1) if error.dim() > 1 else error[None])
+    samples = torch.cat(errors)
+    if len(samples) < 2:
+        return None
+    mean = samples.mean(0)
+    standard_error = samples.std(0) / math.sqrt(len(samples))
+    return torch.where(mean.abs() > _SIGNIFICANT * standard_error, mean, torch.zeros_like(mean))
 
 
 def store_corrections(prepared: fx.GraphModule, corrections: Mapping[str, Tensor]) -> None:
@@ -131,75 +162,10 @@ def store_corrections(prepared: fx.GraphModule, corrections: Mapping[str, Tensor
         corrections: What :func:`correct_biases` gave.
     """
     holder = nn.Module()
-    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    device = device_of(prepared)
     for name, correction in corrections.items():
         holder.register_buffer(submodule_name(name), correction.to(device, copy=True))
     prepared.add_module(CORRECTIONS, holder)
-
-
-def _placeholders(gm: fx.GraphModule, inputs: Inputs) -> Iterator[Any]:
-    bound = inspect.signature(gm.forward).bind(*inputs.args, **inputs.kwargs)
-    bound.apply_defaults()
-    return iter(gm.graph.process_inputs(*bound.arguments.values()))
-
-
-def _evaluate(
-    gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, _Pair], arguments: Sequence[Iterator[Any]]
-) -> _Pair:
-    if node.op == "placeholder":
-        given = [next(batch) for batch in arguments]
-        return _Pair(given, given)
-    if node.op == "get_attr":
-        stored = [attribute(gm, str(node.target))] * len(arguments)
-        return _Pair(stored, stored)
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, Quantizer):
-        pair = values[node.all_input_nodes[0]]
-        if not module.solved:
-            return pair
-        return _Pair(pair.real, _fake_quantized(module, pair.rounded))
-    call: Callable[..., Any] = module or node.target  # type: ignore[assignment]
-    if node.op == "call_method":
-        call = getattr(torch.Tensor, str(node.target))
-    real = [_call(call, node, values, "real", i) for i in range(len(arguments))]
-    same = all(values[s].real is values[s].rounded for s in node.all_input_nodes)
-    return _Pair(real, real if same else [_call(call, node, values, "rounded", i) for i in range(len(arguments))])
-
-
-def _fake_quantized(module: Quantizer, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor quantized and dequantized; one that stands for all batches (a weight) only once."""
-    done: dict[int, Tensor] = {}
-    for x in tensors:
-        if id(x) not in done:
-            name = module.spec.qdtype.name
-            done[id(x)] = fake_quantize(x, module.scale, module.zero_point, module.axis, name)
-    return [done[id(x)] for x in tensors]
-
-
-def _call(call: Callable[..., Any], node: fx.Node, values: dict[fx.Node, _Pair], side: str, index: int) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: getattr(values[n], side)[index])
-    return call(*args, **kwargs)
-
-
-def _quantized(gm: fx.GraphModule, weight: Any) -> bool:
-    if not isinstance(weight, fx.Node) or weight.op != "call_module":
-        return False
-    module = gm.get_submodule(str(weight.target))
-    return isinstance(module, Quantizer) and module.weight
-
-
-def _mean_error(pair: _Pair, channel: int) -> Tensor | None:
-    """Mean of (real - rounded) per channel, 0 where it is not significant; None for a single sample."""
-    errors = []
-    for real, rounded in zip(pair.real, pair.rounded, strict=True):
-        error = (real - rounded).float().movedim(channel, -1)
-        errors.append(error.reshape(len(error), -1, error.shape[-1]).mean(1) if error.dim() > 1 else error[None])
-    samples = torch.cat(errors)
-    if len(samples) < 2:
-        return None
-    mean = samples.mean(0)
-    standard_error = samples.std(0) / math.sqrt(len(samples))
-    return torch.where(mean.abs() > _SIGNIFICANT * standard_error, mean, torch.zeros_like(mean))
 
 
 def _shifted(y: Tensor, correction: Tensor, channel: int) -> Tensor:

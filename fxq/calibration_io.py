@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from .backends.files import write_whole
 from .bias_correction import CORRECTIONS
 from .errors import CalibrationError
-from .graph import constant, origin, state, update_state
+from .graph import constant, device_of, origin, state, update_state
 from .qparams import scale_and_zero_point
 from .quantizer import Quantizer, quantized_nodes, quantizers, tie_groups
 
@@ -100,7 +100,7 @@ def load_statistics(prepared: fx.GraphModule, path: str | PathLike[str]) -> None
             f"{path} does not fit this graph: {'; '.join(problems)}",
             hint="prepare the same model with the same recipe, or set ranges with set_amax",
         )
-    device = _device(prepared)
+    device = device_of(prepared)
     for name, quantizer in found.items():
         prefix = f"{name}."
         quantizer.to(device)
@@ -233,7 +233,7 @@ def set_amax(prepared: fx.GraphModule, amax: Mapping[str, Amax], *, partial: boo
     ranges |= {name: _range(q, given[name]) for name, q in found.items() if q.weight and name in given}
     if missing and not partial:
         raise CalibrationError(f"there is no amax for {', '.join(missing)}", hint="name them too, or pass partial=True")
-    places, device = quantized_nodes(prepared), _device(prepared)
+    places, device = quantized_nodes(prepared), device_of(prepared)
     for name, quantizer in found.items():
         weight = constant(places.get(name))
         if name in ranges:
@@ -251,10 +251,6 @@ def _quantizers(prepared: fx.GraphModule) -> dict[str, Quantizer]:
     if not found:
         raise CalibrationError("this graph has no quantizers", hint="pass what fxq.prepare returned")
     return found
-
-
-def _device(prepared: fx.GraphModule) -> torch.device:
-    return next((p.device for p in prepared.parameters()), torch.device("cpu"))
 
 
 def _kind(quantizer: Quantizer) -> list[Any]:

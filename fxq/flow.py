@@ -21,7 +21,7 @@ from .batches import each_batch, model_inputs, moved, watched
 from .bias_correction import Sampler, correct_biases, store_corrections
 from .calibration_report import CalibrationReport
 from .errors import CalibrationError, ConvertError, RecipeError, TraceError
-from .graph import state, update_state
+from .graph import device_of, state, update_state
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
 from .quantizer import quantizers
@@ -291,8 +291,7 @@ def solve(
     found = calibration.solve(prepared, method)
     same = all(torch.equal(before[name], q.scale.cpu()) for name, q in quantizers(prepared).items())
     if batches is not None:
-        device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-        inputs = [moved(model_inputs(prepared, batch), device) for batch in each_batch(batches)]
+        inputs = [moved(model_inputs(prepared, batch), device_of(prepared)) for batch in each_batch(batches)]
         store_corrections(prepared, correct_biases(prepared, inputs))
     elif not same:
         store_corrections(prepared, {})

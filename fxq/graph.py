@@ -32,6 +32,7 @@ __all__ = [
     "attribute",
     "chain_users",
     "constant",
+    "device_of",
     "edge_annotations",
     "error_at",
     "has_state",
@@ -240,6 +241,11 @@ def attribute(gm: torch.nn.Module, path: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module's tensors are: the first parameter, or else the first buffer; the CPU if it has neither."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def constant(node: Any) -> torch.Tensor | None:

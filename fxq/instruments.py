@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .arguments import forward_values
 from .errors import FxqError, PassError
 from .graph import error_at, state
 from .passbase import Pass, PassResult
@@ -216,13 +216,11 @@ def node_values(
     for module in work.modules():
         if isinstance(module, Quantizer) and (module.mode is Mode.OBSERVE or not module.solved):
             module.mode = Mode.OFF
-    bound = inspect.signature(work.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
     recorder = _Recorder(work)
     devices = {t.device for t in (*work.parameters(), *work.buffers()) if t.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        recorder.run(*bound.arguments.values())
+        recorder.run(*forward_values(work, args, kwargs))
     return recorder.values
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .arguments import forward_values
 from .errors import CalibrationError
 from .graph import error_at
 from .quantizer import quantized_nodes
@@ -25,9 +25,7 @@ class NonfiniteProbe(fx.Interpreter):
         self.inf: set[fx.Node] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(self.gm.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        return self.run(*bound.arguments.values())
+        return self.run(*forward_values(self.gm, args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["gm"], name)

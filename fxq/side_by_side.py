@@ -18,13 +18,13 @@ from torch.utils import _pytree as pytree
 from .batches import Inputs, model_inputs, moved
 from .comparison import Comparison, ComparisonRow
 from .errors import CalibrationError, FxqError
-from .graph import has_state, origin, state
+from .graph import device_of, has_state, origin, state
 from .manager import PassManager, Pipeline
 from .ops import kind_name
 from .passes import PREPARE
 from .qdq import DEQUANTIZE, QUANTIZE
-from .quantizer import quantizers
-from .stepping import Stepper, quantizing
+from .sqnr import decibels
+from .stepping import Stepper, quantizing, require_solved
 from .tracer import trace_model
 from .verify import is_dequantized, is_quantizer
 
@@ -52,16 +52,10 @@ def compare(model: nn.Module, quantized: fx.GraphModule, inputs: Any, *, onnx: s
         CalibrationError: There is no input, or `quantized` has no scales yet.
         FxqError: `model` is another model: no tensor of the two has the same name.
     """
-    batches = [moved(model_inputs(quantized, batch), _device(quantized)) for batch in _batches(inputs)]
+    batches = [moved(model_inputs(quantized, batch), device_of(quantized)) for batch in _batches(inputs)]
     if not batches:
         raise CalibrationError("there is no input to compare on", hint="pass one batch or more")
-    unsolved = [name for name, quantizer in quantizers(quantized).items() if not quantizer.solved]
-    if unsolved:
-        raise CalibrationError(
-            f"{len(unsolved)} quantizers have no scale: {', '.join(unsolved)}",
-            node=unsolved[0],
-            hint="run fxq.calibrate(prepared, batches) first",
-        )
+    require_solved(quantized)
     real = model if isinstance(model, fx.GraphModule) and has_state(model) else _float_graph(model, quantized)
     sums: dict[str, _Sums] = {}
     runtime = None if onnx is None else _Runtime(Path(onnx))
@@ -85,10 +79,6 @@ def _batches(inputs: Any) -> list[Any]:
     return list(inputs)
 
 
-def _device(gm: nn.Module) -> torch.device:
-    return next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
-
-
 def _float_graph(model: nn.Module, quantized: fx.GraphModule) -> fx.GraphModule:
     """The model, prepared as `quantized` was, so that its nodes have the same names."""
     held = state(quantized)
@@ -103,7 +93,7 @@ def _float_graph(model: nn.Module, quantized: fx.GraphModule) -> fx.GraphModule:
         recipe=held.recipe,
         leaf_modules=leaves,
     )
-    return PassManager().run(pipeline, traced, inplace=True).to(_device(quantized))
+    return PassManager().run(pipeline, traced, inplace=True).to(device_of(quantized))
 
 
 def _compare_batch(
@@ -168,9 +158,6 @@ class _Sums:
             more = float((real.cpu() - theirs.double()).square().sum())
             self.runtime_noise = (self.runtime_noise or 0.0) + more
 
-    def sqnr(self, noise: float) -> float:
-        return math.inf if noise == 0 else 10 * math.log10(self.signal / noise) if self.signal else -math.inf
-
     @property
     def cosine(self) -> float:
         lengths = math.sqrt(self.signal * self.other)
@@ -182,7 +169,7 @@ def _rows(quantized: fx.GraphModule, sums: Mapping[str, _Sums]) -> Iterator[Comp
     for node in quantized.graph.nodes:
         before = min((worst[n] for n in node.all_input_nodes if n in worst), default=math.inf)
         held = sums.get(node.name)
-        sqnr = before if held is None else held.sqnr(held.noise)
+        sqnr = before if held is None else decibels(held.signal, held.noise)
         if sqnr < math.inf or node.all_input_nodes:
             worst[node] = sqnr
         if held is None:
@@ -197,7 +184,7 @@ def _rows(quantized: fx.GraphModule, sums: Mapping[str, _Sums]) -> Iterator[Comp
             cosine=held.cosine,
             max_error=held.largest,
             drop=before - sqnr if before < math.inf else math.nan,
-            runtime_sqnr=None if held.runtime_noise is None else held.sqnr(held.runtime_noise),
+            runtime_sqnr=None if held.runtime_noise is None else decibels(held.signal, held.runtime_noise),
         )
 
 

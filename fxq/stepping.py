@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,14 +9,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from .arguments import forward_values
 from .batches import Inputs
+from .errors import CalibrationError
 from .graph import attribute
 from .quantizer import Mode, quantizers
 from .verify import quantizer_of
 
-__all__ = ["Stepper", "quantizing"]
+__all__ = ["Stepper", "Values", "quantizing", "require_solved"]
 
 Values = dict[fx.Node, Any]
+"""What nodes gave."""
 
 
 @contextmanager
@@ -36,6 +38,21 @@ def quantizing(gm: fx.GraphModule) -> Iterator[None]:
             quantizer.mode = mode
         for module in training:
             module.training = True
+
+
+def require_solved(gm: fx.GraphModule) -> None:
+    """Raise where a quantizer could not quantize.
+
+    Raises:
+        CalibrationError: Quantizers have no scale yet; all are named.
+    """
+    unsolved = [name for name, quantizer in quantizers(gm).items() if not quantizer.solved]
+    if unsolved:
+        raise CalibrationError(
+            f"{len(unsolved)} quantizers have no scale: {', '.join(unsolved)}",
+            node=unsolved[0],
+            hint="run fxq.calibrate(prepared, batches) first",
+        )
 
 
 class Stepper:
@@ -62,9 +79,7 @@ class Stepper:
 
     def begin(self, inputs: Inputs) -> Values:
         """The values of the graph's placeholders, as a call with `inputs` fills them."""
-        bound = inspect.signature(self.gm.forward).bind(*inputs.args, **inputs.kwargs)
-        bound.apply_defaults()
-        given = self.gm.graph.process_inputs(*bound.arguments.values())
+        given = self.gm.graph.process_inputs(*forward_values(self.gm, *inputs))
         return dict(zip(self.gm.graph.find_nodes(op="placeholder"), given, strict=True))
 
     def steps(self, values: Values, start: int = 0) -> Iterator[tuple[fx.Node, Any]]:

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from ..batch_norm import FoldedBias, FoldedWeight, TrainedBatchNorm
 from ..editor import Editor
 from ..fake_quantizers import FakeQuantizer, FoldedInto
-from ..graph import EDGES, attribute, constant, edge_annotations, state, tensor_info
+from ..graph import EDGES, attribute, constant, device_of, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Numeric, Pass
 from ..quantizer import quantizers, tie_groups
@@ -75,7 +74,7 @@ def _fake_quantizers(editor: Editor, policy: ScalePolicy) -> None:
     nodes = {str(n.target): n for n in editor.graph.nodes if quantizer_of(n) is not None}
     relus = {tie for node in nodes.values() for tie in _relu_groups(editor, node)}
     batch = WeightBatch()
-    device = next((p.device for p in editor.gm.parameters()), torch.device("cpu"))
+    device = device_of(editor.gm)
     for path, node in nodes.items():
         source = quantizer_of(node)
         info = tensor_info(node.args[0])
