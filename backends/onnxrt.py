@@ -5,7 +5,7 @@ ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, overload
 
@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
+from .latency import Latency, Timings, measure
+from .onnx_parts import PartialGraph
+from .ort_tensors import from_ort, to_ort
+from .trt_profiles import recorded_profiles
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Session"]
-
-_RAW: Final[Mapping[torch.dtype, tuple[str, torch.dtype]]] = {
-    torch.bfloat16: ("BFLOAT16", torch.int16),
-    torch.float8_e4m3fn: ("FLOAT8E4M3FN", torch.uint8),
-    torch.float8_e5m2: ("FLOAT8E5M2", torch.uint8),
-}
-"""Types that numpy lacks: ONNX's name, and the integers that carry their bits."""
+__all__ = ["Session", "benchmark"]
 
 _TORCH_DTYPES: Final = {
     "tensor(float)": torch.float32,
@@ -63,7 +60,7 @@ class Session:
         self._session = _make_session(os.fspath(self.path), optimize=optimize, threads=threads)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
-        self._graph: _Graph | None = None
+        self._graph: PartialGraph | None = None
 
     @overload
     def run(self, inputs: Mapping[str, Tensor], /) -> dict[str, Tensor]: ...
@@ -88,30 +85,55 @@ class Session:
         results = _run(self._session, self.output_names, feeds)
         return dict(zip(self.output_names, results, strict=True)) if by_name else results
 
-    def random_inputs(self, batch: int = 1) -> dict[str, Tensor]:
+    def random_inputs(self, batch: int = 1, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
         """Inputs of the model's shapes and types: normal numbers, zeros for integers.
 
         Args:
             batch: The size of a first dimension that is dynamic.
+            shapes: Whole shapes of some inputs, by name. Other dynamic dimensions take the size that the file is
+                tuned for, where fxq exported it with one.
 
         Raises:
-            EngineError: Another dimension is dynamic, or the model takes a type that torch has not.
+            EngineError: There is no such input; a dimension is dynamic and nobody says how large it is; or the model
+                takes a type that torch has not.
         """
+        wanted = dict(shapes or {})
+        if unknown := sorted(set(wanted) - set(self.input_names)):
+            raise EngineError(f"{self.path.name} has no input {', '.join(unknown)}, but {', '.join(self.input_names)}")
+        tuned = recorded_profiles(self._session.get_modelmeta().custom_metadata_map)
         found = {}
         for value in self._session.get_inputs():
-            shape = [
-                batch if index == 0 and not isinstance(size, int) else size for index, size in enumerate(value.shape)
-            ]
+            shape = wanted.get(value.name) or _sized(value.shape, batch, tuned.get(value.name))
             dtype = _TORCH_DTYPES.get(value.type)
-            if dtype is None or not all(isinstance(size, int) for size in shape):
+            if dtype is None or shape is None:
                 raise EngineError(
                     f"input {value.name} of {self.path.name} is {value.type} {value.shape}: no random input fits",
-                    hint="give inputs of your own",
+                    hint="give its shape, or inputs of your own",
                 )
-            found[value.name] = (
-                torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
-            )
+            made = torch.randn if dtype.is_floating_point else torch.zeros
+            found[value.name] = made(tuple(shape), dtype=dtype)
         return found
+
+    def benchmark(
+        self,
+        inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+        *,
+        batch: int = 1,
+        warmup: int = 10,
+        iterations: int = 100,
+    ) -> Latency:
+        """Time single inferences by the clock.
+
+        Args:
+            inputs: As for :meth:`run`; None takes :meth:`random_inputs`. They are converted once, before the timing.
+            batch: Of random inputs.
+            warmup: Inferences that do not count.
+            iterations: Inferences that do.
+
+        Raises:
+            EngineError: As for :meth:`run`, or there is nothing to time.
+        """
+        return benchmark({"": self}, inputs, batch=batch, warmup=warmup, iterations=iterations).latencies[""]
 
     def run_all(
         self, inputs: Mapping[str, Tensor] | Sequence[Tensor], *, nodes_per_step: int = 16
@@ -165,9 +187,16 @@ class Session:
         """The file's content."""
         return self._parts().model
 
-    def _parts(self) -> _Graph:
+    def _repeated(self, inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> Callable[[], Any]:
+        """A call that runs the model on inputs that are converted once, and leaves its results where they are."""
+        feeds = self._feeds(inputs)
+        _run(self._session, self.output_names, feeds)  # what does not fit is said here
+        held, names = {name: to_ort(tensor) for name, tensor in feeds.items()}, list(self.output_names)
+        return lambda: self._session.run_with_ort_values(names, held)
+
+    def _parts(self) -> PartialGraph:
         if self._graph is None:
-            self._graph = _Graph(self.path)
+            self._graph = PartialGraph(self.path)
         return self._graph
 
     def _feeds(self, inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
@@ -195,71 +224,47 @@ class Session:
         return [results.get(name, given.get(name)) for name in names]
 
 
-class _Graph:
-    """An ONNX model whose nodes can be run in parts."""
+def benchmark(
+    sessions: Mapping[str, Session],
+    inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    *,
+    batch: int = 1,
+    warmup: int = 10,
+    iterations: int = 100,
+) -> Timings:
+    """Time files beside each other, in turns: a quantized and a float one, say.
 
-    def __init__(self, path: Path) -> None:
-        import onnx
+    Args:
+        sessions: By any names.
+        inputs: For all of them, as for :meth:`Session.run`; None takes random ones of the first.
+        batch: Of random inputs.
+        warmup: Inferences of each that do not count.
+        iterations: Inferences of each that do.
 
-        self.model = onnx.load(os.fspath(path))
-        self.nodes: list[onnx.NodeProto] = list(self.model.graph.node)
-        self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self._producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
-
-    def reads(self, nodes: Iterable[onnx.NodeProto]) -> set[str]:
-        """What the nodes take from outside themselves and their subgraphs, constants included."""
-        return {name for node in nodes for name in _reads(node)}
-
-    def order(self, names: Iterable[str]) -> list[str]:
-        """`names` sorted by where they are made, inputs first."""
-        return sorted(names, key=lambda name: (self._producer.get(name, -1), name))
-
-    def between(self, names: Sequence[str], given: Mapping[str, Tensor]) -> list[onnx.NodeProto]:
-        """The nodes that make `names` out of `given`, in graph order."""
-        found: set[int] = set()
-        work = list(names)
-        while work:
-            name = work.pop()
-            if name in given or name in self.constants:
-                continue
-            if name not in self._producer:
-                raise EngineError(
-                    f"tensor {name!r} is neither given nor made by a node", hint="give the model's inputs"
-                )
-            index = self._producer[name]
-            if index not in found:
-                found.add(index)
-                work += _reads(self.nodes[index])
-        return [self.nodes[i] for i in sorted(found)]
-
-    def part(self, nodes: Sequence[onnx.NodeProto], feeds: Mapping[str, Tensor], outputs: Sequence[str]) -> bytes:
-        """A model of `nodes` alone."""
-        import onnx
-
-        model = onnx.ModelProto()
-        model.ir_version = self.model.ir_version
-        model.opset_import.extend(self.model.opset_import)
-        model.graph.name = self.model.graph.name
-        model.graph.node.extend(nodes)
-        for name, tensor in feeds.items():
-            model.graph.input.append(onnx.helper.make_tensor_value_info(name, _onnx_type(tensor), list(tensor.shape)))
-        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
-        reads = self.reads(nodes)
-        model.graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in reads)
-        data: bytes = model.SerializeToString()
-        return data
+    Raises:
+        EngineError: There is no session, or as for :meth:`Session.run`.
+    """
+    if not sessions:
+        raise EngineError("there is no file to time", hint='give {"int8": Session("model.onnx"), ...}')
+    first = next(iter(sessions.values()))
+    given = first.random_inputs(batch) if inputs is None else inputs
+    tensors = list(given.values() if isinstance(given, Mapping) else given)
+    sizes = {len(tensor) for tensor in tensors if tensor.ndim}
+    runs = {name: session._repeated(given) for name, session in sessions.items()}
+    samples = sizes.pop() if len(sizes) == 1 else None
+    cpu = torch.device("cpu")
+    return Timings(measure(runs, warmup=warmup, iterations=iterations, device=cpu, batch=samples))
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
-    names = {name for name in node.input if name}
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            inner = {name for child in attribute.g.node for name in _reads(child)}
-            inner |= {value.name for value in attribute.g.output}
-            own = {name for child in attribute.g.node for name in child.output}
-            own |= {value.name for value in [*attribute.g.input, *attribute.g.initializer]}
-            names |= inner - own
-    return names
+def _sized(shape: Sequence[int | str | None], batch: int, profile: Sequence[Sequence[int]] | None) -> list[int] | None:
+    """A shape without dynamic dimensions; None where one stays."""
+    tuned = profile[1] if profile is not None else [None] * len(shape)
+    found = [
+        size if isinstance(size, int) else batch if index == 0 else known
+        for index, (size, known) in enumerate(zip(shape, tuned, strict=True))
+    ]
+    sizes = [size for size in found if size is not None]
+    return sizes if len(sizes) == len(found) else None
 
 
 def _suffix_unions(sets: Sequence[set[str]]) -> list[set[str]]:
@@ -303,10 +308,10 @@ def _has_float16_scales(model: str | bytes) -> bool:
 
 def _run(session: Any, names: Sequence[str], feeds: Mapping[str, Tensor]) -> list[Tensor]:
     try:
-        values = session.run_with_ort_values(list(names), {name: _to_ort(t) for name, t in feeds.items()})
+        values = session.run_with_ort_values(list(names), {name: to_ort(t) for name, t in feeds.items()})
     except _failures() as error:
         raise EngineError(f"ONNX Runtime stopped: {error}", hint="compare the inputs' shapes and types") from error
-    return [_from_ort(value) for value in values]
+    return [from_ort(value) for value in values]
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -315,30 +320,3 @@ def _failures() -> tuple[type[Exception], ...]:
 
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*own, RuntimeError, ValueError, TypeError)
-
-
-def _onnx_type(tensor: Tensor) -> int:
-    import onnx
-
-    if tensor.dtype in _RAW:
-        return int(getattr(onnx.TensorProto, _RAW[tensor.dtype][0]))
-    return int(onnx.helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=tensor.dtype).numpy().dtype))
-
-
-def _to_ort(tensor: Tensor) -> Any:
-    import onnxruntime as ort
-
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype in _RAW:
-        bits = tensor.view(_RAW[tensor.dtype][1]).numpy()
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _onnx_type(tensor))
-    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-
-
-def _from_ort(value: Any) -> Tensor:
-    array = value.numpy()
-    raw = {f"tensor({name.lower()})": dtype for dtype, (name, _) in _RAW.items()}
-    dtype = raw.get(value.data_type())
-    # The array may lie in memory that belongs to the runtime.
-    tensor = torch.from_numpy(array.copy())
-    return tensor if dtype is None else tensor.view(dtype)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
+from .latency import Latency, Timings, measure
 from .trt_api import Library, load_library, this_platform
-from .trt_benchmark import Comparison, Latency, measure
 from .trt_callbacks import capturing, tensorrt_logger
 from .trt_kernels import LayerInfo, kernels_from_inspector
 from .trt_parse import OnnxSource
@@ -240,7 +240,7 @@ def benchmark(
     warmup: int = 50,
     iterations: int = 200,
     cuda_graph: bool = False,
-) -> Comparison:
+) -> Timings:
     """Time engines beside each other, in turns: INT8, FP16 and FP32 builds of one model, say.
 
     Args:
@@ -263,7 +263,7 @@ def benchmark(
     sizes = {tensor.shape[0] for tensor in tensors if tensor.ndim}
     runs = {name: lambda s=session: s.run(fed, cuda_graph=cuda_graph) for name, session in sessions.items()}
     batch = sizes.pop() if len(sizes) == 1 else None
-    return Comparison(measure(runs, warmup=warmup, iterations=iterations, device=first.device, batch=batch))
+    return Timings(measure(runs, warmup=warmup, iterations=iterations, device=first.device, batch=batch))
 
 
 def _require_file(path: Path) -> None:

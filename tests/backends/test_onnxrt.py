@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnx import numpy_helper
 
 from fxq.backends.onnx_compare import compare_nodes
 from fxq.backends.onnx_export import export_onnx
-from fxq.backends.onnxrt import Session
+from fxq.backends.onnxrt import Session, benchmark
 from fxq.errors import EngineError
 
 
@@ -202,6 +203,62 @@ def test_weights_beside_the_file_are_found(residual: Path, tmp_path: Path) -> No
     session = Session(path, optimize=False)
     torch.testing.assert_close(session.run(x)[0], expected, rtol=0, atol=0)
     torch.testing.assert_close(dict(session.run_all([x]))["output"], expected, rtol=0, atol=0)
+
+
+# Timing
+
+
+def test_random_inputs_fit(tmp_path: Path, two: Path) -> None:
+    given = Session(two).random_inputs(5)
+    assert {name: tuple(tensor.shape) for name, tensor in given.items()} == {"a": (5, 2), "b": (5, 2)}
+    assert Session(two).random_inputs(5, {"b": (1, 2)})["b"].shape == (1, 2)
+    with pytest.raises(EngineError, match=r"two.onnx has no input c, but a, b"):
+        Session(two).random_inputs(shapes={"c": (1, 2)})
+    free = save("(float[n,c,h] x, int64[n] k) => (float[n,c,h] y) { y = Relu (x) }", tmp_path / "free.onnx")
+    with pytest.raises(EngineError, match=r"(?s)input x of free.onnx is tensor\(float\) .*give its shape"):
+        Session(free).random_inputs()
+    model = onnx.load(free)
+    model.metadata_props.add(key="fxq.profiles", value='{"x": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}')
+    onnx.save(model, free)
+    tuned = Session(free).random_inputs(2)
+    assert (tuned["x"].shape, tuned["k"].tolist()) == ((2, 5, 6), [0, 0])
+
+
+def test_benchmark_feeds_everyone_the_same_in_turns(two: Path, residual: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Session(residual).benchmark(batch=3, warmup=0, iterations=4)
+    assert (len(timed.milliseconds), timed.batch) == (4, 3)
+    assert 0 < timed.percentile(50) <= timed.percentile(99)
+    sessions = {"one": Session(two), "other": Session(two, optimize=False)}
+    order: list[str] = []
+    for name, session in sessions.items():
+        run = session._session.run_with_ort_values
+
+        def watched(names: list[str], feeds: dict[str, object], run: object = run, name: str = name) -> object:
+            order.append(name)
+            assert names == ["sum", "difference"]
+            return run(names, feeds)  # type: ignore[operator]
+
+        monkeypatch.setattr(session._session, "run_with_ort_values", watched)
+    found = benchmark(sessions, [torch.ones(2, 2), torch.ones(2, 2)], warmup=1, iterations=25)
+    assert {name: len(one.milliseconds) for name, one in found.latencies.items()} == {"one": 25, "other": 25}
+    turns = [(name, len(list(calls))) for name, calls in itertools.groupby(order)]
+    # To see that the inputs fit, to warm up, and in turns of twenty.
+    assert turns == [
+        ("one", 1),
+        ("other", 1),
+        ("one", 1),
+        ("other", 1),
+        ("one", 20),
+        ("other", 20),
+        ("one", 5),
+        ("other", 5),
+    ]
+    with pytest.raises(EngineError, match=r"1 inputs given, two\.onnx takes a, b"):
+        benchmark(sessions, [torch.ones(2, 2)])
+    with pytest.raises(EngineError, match="there is no file to time"):
+        benchmark({})
+    with pytest.raises(EngineError, match="time at least one"):
+        Session(two).benchmark([torch.ones(2, 2)] * 2, iterations=0)
 
 
 # Node by node against PyTorch

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_engine import TRT, TorchEngine
 
 from fxq.backends import trt_engine
-from fxq.backends.trt_benchmark import Comparison, Latency, measure
+from fxq.backends.latency import Latency, Timings, measure
 from fxq.backends.trt_engine import benchmark
 from fxq.backends.trt_session import Session
 from fxq.errors import EngineError
@@ -177,7 +177,7 @@ class TestLatency:
             times.percentile(0)
 
     def test_side_by_side(self) -> None:
-        found = Comparison({"int8": Latency((1.0,)), "fp32": Latency((4.0,))})
+        found = Timings({"int8": Latency((1.0,)), "fp32": Latency((4.0,))})
         assert found.speedup("int8", "fp32") == 4
         assert [line.split()[0] for line in str(found).splitlines()] == ["int8", "fp32"]
         assert str(found).splitlines()[0].endswith("4.00x")

@@ -1,4 +1,4 @@
-"""How fast engines are: each inference timed by CUDA events, engines beside each other in turns."""
+"""How long single inferences take, those of several models beside each other in turns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from ..errors import EngineError
 
-__all__ = ["Comparison", "Latency", "measure"]
+__all__ = ["Latency", "Timings", "measure"]
 
 _ROUND: Final = 20
-"""Inferences of one engine before the next has its turn, so that clocks and heat are everybody's alike."""
+"""Inferences of one model before the next has its turn, so that clocks and heat are everybody's alike."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Several engines on the same inputs.
+class Timings:
+    """Several models on the same inputs.
 
     Attributes:
         latencies: By the caller's names, in his order.
