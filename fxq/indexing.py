@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ class Index:
 
     Attributes:
         basic: The index with tensors replaced by full slices.
-        items: Dimension of the indexed tensor, and int or slice; without full slices.
+        items: Dimension of the indexed tensor, and int or slice, maybe computed; without full slices.
         new: Dimensions of the result that ``None`` made.
         tensors: Dimension of what `basic` gives, and the index tensor there.
     """
@@ -59,7 +60,8 @@ def parse_index(node: fx.Node, index: Any, rank: int) -> Index:
             out += 1
             continue
         width = rank - taken if item is Ellipsis else _width(item)
-        if isinstance(item, int) and not isinstance(item, bool):
+        computed = isinstance(item, fx.Node) and tensor_info(item) is None
+        if computed or (isinstance(item, int) and not isinstance(item, bool)):
             parsed.basic.append(item)
             parsed.items.append((dim, item))
             out -= 1
@@ -91,7 +93,8 @@ def set_item(editor: Editor, node: fx.Node, base: fx.Node, index: Any, value: An
         editor: Makes the nodes.
         node: The assignment, for origins and errors.
         base: The tensor.
-        index: Ints, slices, None, Ellipsis, masks and index tensors, as PyTorch takes them.
+        index: Ints and slices, which may be computed from sizes, None, Ellipsis, masks and index tensors, as PyTorch
+            takes them.
         value: A node or a number.
 
     Raises:
@@ -115,11 +118,33 @@ def set_item(editor: Editor, node: fx.Node, base: fx.Node, index: Any, value: An
     return put_items(editor, node, base, parsed, new) if part is not base else new
 
 
-def _numbers(node: fx.Node, items: list[Any]) -> tuple[Any, ...]:
-    for item in items:
-        if isinstance(item, slice) and any(isinstance(b, fx.Node) for b in (item.start, item.stop, item.step)):
-            raise refuse(node, "sets items from or to a computed position")
-    return tuple(items)
+def _numbers(node: fx.Node, items: Sequence[Any]) -> tuple[Any, ...]:
+    """A basic index with the numbers that computed positions are in the example.
+
+    Raises:
+        TraceError: A position depends on a tensor's values.
+    """
+    known: dict[fx.Node, Any] = {}
+
+    def number(n: fx.Node) -> Any:
+        if n not in known:
+            info = tensor_info(n)
+            if info is not None:
+                known[n] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+            else:
+                args, kwargs = fx.map_arg((n.args, n.kwargs), number)
+                call = n.target if callable(n.target) else getattr(torch.Tensor, str(n.target))
+                known[n] = call(*args, **kwargs)
+        return known[n]
+
+    try:
+        found: tuple[Any, ...] = tuple(fx.map_arg(list(items), number))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise refuse(node, "sets items at a position that depends on values") from error
+    bounds = [b for item in found for b in ((item.start, item.stop, item.step) if isinstance(item, slice) else (item,))]
+    if any(isinstance(bound, torch.Tensor) for bound in bounds):
+        raise refuse(node, "sets items at a position that depends on values")
+    return found
 
 
 def fit(editor: Editor, node: fx.Node, value: fx.Node, part: fx.Node) -> fx.Node:
@@ -190,19 +215,19 @@ def _scatter(editor: Editor, like: fx.Node, base: fx.Node, items: list[tuple[int
     (dim, item), rest = items[0], items[1:]
     if rest:
         index = (*[slice(None)] * dim, item)
-        inner = editor.call(operator.getitem, (base, index), like=like, info=_indexed(base, dim, item))
-        left = 1 if isinstance(item, int) else 0
+        inner = editor.call(operator.getitem, (base, index), like=like, info=_indexed(like, base, dim, item))
+        left = 0 if isinstance(item, slice) else 1
         value = _scatter(editor, like, inner, [(d - left, i) for d, i in rest], value)
     info = tensor_info(base)
-    if isinstance(item, int):
+    if not isinstance(item, slice):
         return editor.call(torch.select_scatter, (base, value, dim, item), like=like, info=info)
     where = (dim, item.start, item.stop, item.step or 1)
     return editor.call(torch.slice_scatter, (base, value, *where), like=like, info=info)
 
 
-def _indexed(base: fx.Node, dim: int, item: Any) -> TensorInfo | None:
+def _indexed(node: fx.Node, base: fx.Node, dim: int, item: Any) -> TensorInfo | None:
     info = tensor_info(base)
     if info is None:
         return None
-    index = (*[slice(None)] * dim, item)
+    index = _numbers(node, (*[slice(None)] * dim, item))
     return TensorInfo(tuple(torch.empty(info.shape, device="meta")[index].shape), info.dtype)

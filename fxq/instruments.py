@@ -28,6 +28,7 @@ from .graph import error_at, state
 from .passbase import Pass, PassResult
 from .printer import format_graph
 from .quantizer import Mode, Quantizer
+from .shapes import Interpreter
 
 __all__ = ["Dump", "Instrument", "NumericCheck", "NumericError", "format_diff", "node_values"]
 
@@ -224,7 +225,7 @@ def node_values(
     return recorder.values
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Interpreter):
     """Keeps a copy of what each node gives, for later nodes may change it in place."""
 
     def __init__(self, gm: fx.GraphModule) -> None:

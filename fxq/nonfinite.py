@@ -11,11 +11,12 @@ from .arguments import forward_values
 from .errors import CalibrationError
 from .graph import error_at
 from .quantizer import quantized_nodes
+from .shapes import Interpreter
 
 __all__ = ["NonfiniteProbe"]
 
 
-class NonfiniteProbe(fx.Interpreter):
+class NonfiniteProbe(Interpreter):
     """Runs a graph, as the graph itself would be called, and notes which nodes gave NaN or Inf."""
 
     def __init__(self, gm: fx.GraphModule) -> None:

@@ -19,6 +19,7 @@ from .errors import TraceError
 from .forward_code import ForwardCode
 from .graph import ORIGIN, Origin
 from .guards import Guard
+from .leaves import Function, wrapped, wrapped_functions
 from .patches import questions, stored_tensors
 from .proxies import INPLACE_OPERATORS, LIBRARIES, WAYS_OUT, StoredProxy, TensorProxy
 from .symbolic import SymbolicRun, ValueDependentError
@@ -47,6 +48,7 @@ class Recorder(fx.Tracer):
         leaf_modules: Types, or dotted paths, of modules that stay whole.
         inputs: Example inputs by parameter of forward, those that hold tensors.
         fixed: The other parameters' values.
+        whole: Functions marked with torch.fx.wrap that stay whole; the others are traced through.
     """
 
     record_stack_traces = True
@@ -57,6 +59,7 @@ class Recorder(fx.Tracer):
         leaf_modules: Sequence[type[nn.Module] | str],
         inputs: Mapping[str, Any],
         fixed: Mapping[str, Any],
+        whole: Iterable[Function] = (),
     ) -> None:
         super().__init__((math,), (*_SIZED, *_LIMITS), param_shapes_constant=True)
         self._autowrap_search.append(torch)
@@ -64,7 +67,9 @@ class Recorder(fx.Tracer):
         self.leaf_types = tuple(m for m in leaf_modules if isinstance(m, type))
         self.leaf_paths = {m for m in leaf_modules if isinstance(m, str)}
         self.stack: list[tuple[str, type[nn.Module]]] = []
+        self.wrapped, self.whole = wrapped(), frozenset(whole)
         self.stopped: str | None = None
+        self.stopped_in: Function | None = None
         self.plain = False
         self._taken: list[tuple[fx.Proxy, tuple[FrameType, int], Guard]] = []
 
@@ -240,7 +245,7 @@ class Recorder(fx.Tracer):
         call = type(self.root)._call_impl if hooked else root_fn
 
         def forward() -> Any:
-            with stored_tensors(self), questions(self):
+            with stored_tensors(self), questions(self), wrapped_functions(self):
                 return call(self.root, *positional, **keywords)
 
         return forward, []

@@ -17,10 +17,18 @@ from torch.utils import _pytree as pytree
 from .errors import TraceError
 from .graph import ALIASES, SEQUENCE, TENSOR, Aliases, Storage, TensorInfo, error_at
 
-__all__ = ["propagate_shapes", "thawed"]
+__all__ = ["Interpreter", "propagate_shapes", "thawed"]
 
 
-class _Interpreter(fx.Interpreter):
+class Interpreter(fx.Interpreter):
+    """fx's interpreter, with lists and dicts in arguments that a function may change, as the graph's code has them."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return thawed(args), thawed(kwargs)
+
+
+class _Observed(Interpreter):
     """Runs the graph and notes what each node gives, aliases and writes.
 
     Args:
@@ -36,10 +44,6 @@ class _Interpreter(fx.Interpreter):
         self.stored: dict[int, torch.Tensor] = {}
         self.alive: list[Any] = []  # keeps storages alive, so that their addresses stay unique
         self.running: fx.Node | None = None
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return thawed(args), thawed(kwargs)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         found = super().get_attr(target, args, kwargs)
@@ -113,13 +117,13 @@ def propagate_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     try:
         with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in plain]
-            _Interpreter(gm, mode).run(*fake, enable_io_processing=False)
+            _Observed(gm, mode).run(*fake, enable_io_processing=False)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
         _run_for_shapes(gm, plain)
 
 
 def _run_for_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    interpreter = _Interpreter(gm, None)
+    interpreter = _Observed(gm, None)
     try:
         with torch.no_grad():
             copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]

@@ -14,6 +14,7 @@ from .batches import Inputs
 from .errors import CalibrationError
 from .graph import attribute
 from .quantizer import Mode, quantizers
+from .shapes import thawed
 from .verify import quantizer_of
 
 __all__ = ["Stepper", "Values", "quantizing", "require_solved"]
@@ -119,4 +120,4 @@ class Stepper:
             call = self.gm.get_submodule(str(node.target))
         elif node.op == "call_method":
             call = getattr(torch.Tensor, str(node.target))
-        return call(*args, **kwargs)
+        return call(*thawed(args), **thawed(kwargs))

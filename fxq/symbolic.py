@@ -23,7 +23,6 @@ from torch._subclasses import fake_tensor
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     GuardOnDataDependentSymNode,
-    ShapeEnv,
     StatelessSymbolicContext,
 )
 from torch.utils import _pytree as pytree
@@ -33,6 +32,7 @@ from .errors import TraceError
 from .graph import attribute, origin
 from .guards import Guard
 from .shapes import thawed
+from .sizes import Abbreviations, ExampleEnv
 
 __all__ = ["Example", "SymbolicRun", "ValueDependentError", "depends_on_sizes"]
 
@@ -99,7 +99,7 @@ class SymbolicRun:
                     if _loses_dimensions(each):
                         self._run_observed(each)
                     else:
-                        with self._env.suppress_guards():
+                        with self._env.operating():
                             self._values[each] = self._run(each)
         return self._values[node]
 
@@ -135,7 +135,7 @@ class SymbolicRun:
         """Whether `node` gives a number that depends on no dimension that is to stay symbolic."""
         value = self.value(node)
         if depends_on_sizes(value) and not isinstance(value, tuple | list):
-            return {str(s) for s in value.node.expr.free_symbols} <= self._pinned
+            return self._symbols(value.node.expr) <= self._pinned
         return isinstance(value, int | float)
 
     def _pending(self, node: fx.Node) -> Iterator[fx.Node]:
@@ -151,14 +151,15 @@ class SymbolicRun:
 
     def _start(self) -> None:
         self._started = True
-        self._env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+        self._env = ExampleEnv(specialize_zero_one=False, duck_shape=False)
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._env)
         self._mode.cache_enabled = False  # a cached result decides nothing, so no guard would be seen
+        self._short = Abbreviations(self._env)
         self._inputs = [example.repeated(lift=self.lifted) for example in self.examples]
 
     def _fake(self, name: str, tensor: torch.Tensor, dynamic: frozenset[int]) -> torch.Tensor:
         kinds = [DimDynamic.STATIC if size in (0, 1) else DimDynamic.DYNAMIC for size in tensor.shape]
-        with self._env.suppress_guards():
+        with self._env.operating():
             fake = self._mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
         for dim, size in enumerate(fake.shape):
             if depends_on_sizes(size):
@@ -201,7 +202,8 @@ class SymbolicRun:
         leaves = pytree.tree_leaves(result)
         if depends and not any(isinstance(leaf, (torch.Tensor, *_SYMBOLIC)) for leaf in leaves):
             self._opaque.add(node)
-        return result
+        with self._env.operating():
+            return self._short.shortened(result, (args, kwargs))
 
     def _run_observed(self, node: fx.Node) -> None:
         """Run a node of which the model may ask the rank, and keep what decided that."""
@@ -250,14 +252,28 @@ class SymbolicRun:
 
     def _text(self, expression: Any) -> tuple[str, tuple[str, ...]]:
         """An expression over symbols as Python over the inputs' shapes, and those inputs."""
-        read = [name for name in self._names if name in {str(s) for s in expression.free_symbols}]
-        text = PythonPrinter().doprint(expression)
+        read = [symbol for symbol in self._names if symbol in self._symbols(expression)]
+        text = self._written_out(expression)
         for symbol in read:
             name, dim = self._names[symbol]
             text = re.sub(rf"\b{symbol}\b", f"{name}.shape[{dim}]", text)
         if text.startswith("(") and text.endswith(")") and text.count("(") == 1:
             text = text[1:-1]
         return text, tuple(dict.fromkeys(self._names[symbol][0] for symbol in read))
+
+    def _symbols(self, expression: Any) -> set[str]:
+        """The input sizes that an expression depends on."""
+        found = {str(symbol) for symbol in expression.free_symbols}
+        for name in found & self._short.meant.keys():
+            found |= self._symbols(self._short.meant[name])
+        return found - self._short.meant.keys()
+
+    def _written_out(self, expression: Any) -> str:
+        """An expression as Python over the input sizes."""
+        text: str = PythonPrinter().doprint(expression)
+        for name in {str(s) for s in expression.free_symbols} & self._short.meant.keys():
+            text = re.sub(rf"\b{name}\b", f"({self._written_out(self._short.meant[name])})", text)
+        return text
 
     def _keep_ones(self, where: Guard) -> None:
         """Sizes of one broadcast, so what was decided behind them holds only while they are one."""

@@ -9,7 +9,6 @@ the shapes of its inputs is kept as :class:`~fxq.guards.Guard`.
 from __future__ import annotations
 
 import copy
-import difflib
 import linecache
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from .arguments import bind_arguments, has_tensor, kept_arguments
 from .errors import FxqError, TraceError
 from .forward_code import ForwardCode
 from .graph import Note, State, attribute, origin, set_state
+from .leaves import Function, Leaf, Leaves
 from .ops import WEIGHTED_MODULES
 from .proxies import WAYS_OUT
 from .recipe import Recipe
@@ -46,7 +46,7 @@ def trace_model(  # noqa: PLR0913 - what the user's door takes
     *,
     target: Target,
     recipe: Recipe,
-    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    leaf_modules: Sequence[Leaf] = (),
     concrete_args: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "any",
     on_untraceable: Literal["raise", "leaf"] = "raise",
@@ -59,7 +59,9 @@ def trace_model(  # noqa: PLR0913 - what the user's door takes
         kwargs: Example inputs by name. Parameters without an example keep their default.
         target: Goes into the graph's state.
         recipe: Goes into the graph's state.
-        leaf_modules: Types, or dotted paths, of modules that stay whole.
+        leaf_modules: Types, or dotted paths, of modules that stay whole; functions marked with torch.fx.wrap, or
+            their names, too. Such functions are traced through otherwise, where their decisions depend on shapes
+            alone, and kept whole with a note where not.
         concrete_args: Parameters of forward that are fixed to a value.
         dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
             (default), ``"batch"`` (the first of every input), None, or ``{input: {dimension: …}}`` as
@@ -79,11 +81,11 @@ def trace_model(  # noqa: PLR0913 - what the user's door takes
         raise TraceError(f"on_untraceable is {on_untraceable!r}", hint='use "raise" or "leaf"')
     with torch.inference_mode(mode=False):
         root = _copy(model)
-        _check_leaves(root, leaf_modules)
+        leaves = Leaves.of(root, leaf_modules)
         bound = bind_arguments(root, args, kwargs, concrete_args or {})
         inputs = {k: v for k, v in bound.items() if has_tensor(v) and k not in (concrete_args or {})}
         tracing = _Tracing(root, inputs, {k: v for k, v in bound.items() if k not in inputs}, dynamic_shapes)
-        graph, run = tracing.with_leaves(leaf_modules, keep=on_untraceable == "leaf")
+        graph, run = tracing.with_leaves(leaves, keep=on_untraceable == "leaf")
         if run.guards:
             _guard(graph, run)
         free_names(root, graph)
@@ -124,24 +126,27 @@ class _Tracing:
         self.tensors = [leaf for _, leaf in named]
         wanted = _dynamic_dims({name: leaf.ndim for name, leaf in named}, dynamic_shapes)
         self.examples = [Example(leaf, wanted[name]) for name, leaf in named]
-        self.kept: dict[str, TraceError] = {}
+        self.kept: dict[str | Function, TraceError] = {}
+        self._stopped_in: Function | None = None
 
-    def with_leaves(self, leaf_modules: Sequence[type[nn.Module] | str], *, keep: bool) -> tuple[fx.Graph, SymbolicRun]:
-        """The graph, with more modules kept whole where that is asked for and needed."""
+    def with_leaves(self, leaves: Leaves, *, keep: bool) -> tuple[fx.Graph, SymbolicRun]:
+        """The graph, with functions kept whole that cannot be traced through, and modules where that is asked for."""
+        self.asked = leaves.functions
         while True:
             try:
-                return self._lifted([*leaf_modules, *self.kept])
+                return self._lifted(leaves.and_also(self.kept))
             except TraceError as error:
-                path = error.module_path
-                if not keep or not path or path in self.kept:
+                places = (self._stopped_in, error.module_path if keep else None)
+                new = [p for p in places if p and p not in self.kept and p not in self.asked]
+                if not new:
                     raise
-                self.kept[path] = error
+                self.kept[new[0]] = error
 
-    def _lifted(self, leaf_modules: Sequence[type[nn.Module] | str]) -> tuple[fx.Graph, SymbolicRun]:
+    def _lifted(self, leaves: Leaves) -> tuple[fx.Graph, SymbolicRun]:
         """The graph; a model that treats a batch of one apart is traced for that."""
         run = SymbolicRun(self.root, self.examples, lift=True)
         try:
-            graph = self._once(run, leaf_modules)
+            graph = self._once(run, leaves)
         except TraceError as error:
             if not run.lifted or isinstance(error.__cause__, ValueDependentError):
                 raise
@@ -151,19 +156,28 @@ class _Tracing:
             if all(guard.holds(shapes) for guard in run.guards.values()):
                 return graph, run
         run = SymbolicRun(self.root, self.examples, lift=False)
-        return self._once(run, leaf_modules), run
+        return self._once(run, leaves), run
 
-    def _once(self, run: SymbolicRun, leaf_modules: Sequence[type[nn.Module] | str]) -> fx.Graph:
-        recorder = Recorder(leaf_modules, self.inputs, self.fixed)
-        return _record(recorder, self.root, run, plain=self.plain)
+    def _once(self, run: SymbolicRun, leaves: Leaves) -> fx.Graph:
+        recorder = Recorder(leaves.modules, self.inputs, self.fixed, leaves.functions)
+        try:
+            return _record(recorder, self.root, run, plain=self.plain)
+        finally:
+            self._stopped_in = recorder.stopped_in
 
     def notes(self, gm: fx.GraphModule) -> Iterator[Note]:
-        """A note for each module that was kept whole because it cannot be traced."""
+        """A note for each module, or function marked with torch.fx.wrap, that was kept whole."""
         for node in gm.graph.nodes:
-            error = self.kept.get(origin(node).module_path) if node.op == "call_module" else None
-            if error is not None:
-                text = f"{type(attribute(gm, str(node.target))).__name__} is kept whole and float: {error.message}"
-                yield Note(node.name, "trace", text, origin(node).module_path, error.source, "opaque")
+            at = origin(node)
+            place = at.module_path if node.op == "call_module" else node.target
+            asked = node.op == "call_function" and place in self.asked
+            error = self.kept.get(place) if node.op in ("call_module", "call_function") else None
+            if error is None and not asked:
+                continue
+            what = type(attribute(gm, str(node.target))) if node.op == "call_module" else node.target
+            reason = "leaf_modules names it" if error is None else error.message
+            text = f"{what.__name__} is kept whole and float: {reason}"
+            yield Note(node.name, "trace", text, at.module_path, error.source if error else at.source, "opaque")
 
 
 def _input_name(path: Sequence[Any]) -> str:
@@ -221,22 +235,6 @@ def _copy(model: nn.Module) -> nn.Module:
         raise TraceError(
             f"the model cannot be copied: {error}", hint="give its class a __deepcopy__ that can copy it"
         ) from error
-
-
-def _check_leaves(root: nn.Module, leaf_modules: Sequence[type[nn.Module] | str]) -> None:
-    """Each path names a module, and each type is there."""
-    known = dict(root.named_modules())
-    for path in leaf_modules:
-        if not isinstance(path, str | type):
-            raise TraceError(f"leaf_modules holds {path!r}", hint="name module types or dotted paths in a list")
-        if isinstance(path, type) and not any(isinstance(m, path) for m in known.values()):
-            raise TraceError(f"leaf_modules names {path.__name__}, and the model has no such module")
-        if isinstance(path, str) and path not in known:
-            near = difflib.get_close_matches(path, known, 3, 0.3)
-            raise TraceError(
-                f"leaf_modules names {path!r}, and the model has no such module",
-                hint=f"near it are {', '.join(near)}" if near else "paths are those of named_modules()",
-            )
 
 
 def _record(recorder: Recorder, root: nn.Module, run: SymbolicRun, *, plain: bool) -> fx.Graph:
