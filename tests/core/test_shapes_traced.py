@@ -400,18 +400,18 @@ class TestLeaves:
             fxq.trace(model, image(2, 5, 4), on_untraceable="skip")  # type: ignore[arg-type]
 
 
-RESOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "deeplabv3_mobilenet_v3_large": ((2, 3, 64, 96), {"weights_backbone": None}),
-    "swin3d_t": ((1, 3, 8, 32, 32), {}),
+RESOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any], int]] = {
+    "deeplabv3_mobilenet_v3_large": ((2, 3, 64, 96), {"weights_backbone": None}, 0),
+    "swin3d_t": ((1, 3, 8, 28, 28), {}, 5),  # whether windows are larger than what they slide over, per direction
 }
 
 
 @pytest.mark.parametrize("name", RESOLUTIONS)
 def test_torchvision_at_another_batch_and_resolution(name: str) -> None:
-    shape, options = RESOLUTIONS[name]
+    shape, options, decisions = RESOLUTIONS[name]
     model = torchvision_model(name, **options)
     gm = traced(model, image(*shape))
-    assert guards(gm) == []
+    assert len(guards(gm)) == decisions
     x = image(shape[0] + 1, *shape[1:-1], shape[-1] // 2)
     with torch.no_grad():
         found, expected = pytree.tree_leaves(gm(x)), pytree.tree_leaves(model(x))

@@ -491,7 +491,9 @@ def test_items_at_computed_positions_follow_the_inputs_sizes() -> None:
     model = Program(computed_positions)
     gm = functional(model, image(4, 3, 5))
     for shape in ((2, 3, 5), (7, 6, 2)):
-        same(gm, model, image(*shape))
+        with torch.no_grad():
+            for found, expected in zip(gm(image(*shape)), model(image(*shape)), strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_function_that_is_traced_through_may_write_any_argument() -> None:
