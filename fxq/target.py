@@ -18,7 +18,7 @@ from .errors import RecipeError, TargetError
 from .specs import DTYPES, QSpec, spec_from
 from .target_files import extended, read_target
 
-__all__ = ["ACTIONS", "POLICIES", "Biases", "Heuristic", "OpPlacement", "Refusal", "Residual", "Target"]
+__all__ = ["ACTIONS", "POLICIES", "Biases", "Concat", "Heuristic", "OpPlacement", "Refusal", "Residual", "Target"]
 
 POLICIES: Final = ("skip", "none")
 ACTIONS: Final = ("advise", "exclude", "ignore")
@@ -117,6 +117,19 @@ class Biases:
 
 
 @dataclass(frozen=True)
+class Concat:
+    """Which concatenations are quantized although no quantizer follows at once.
+
+    Attributes:
+        kinds: Op kinds that concatenate; empty for none.
+        through: Op kinds that may stand between their result and the quantizers behind it (R27, R39).
+    """
+
+    kinds: frozenset[str] = frozenset()
+    through: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Heuristic:
     """A kernel heuristic: a rule about shapes that the backend runs badly in low precision.
 
@@ -164,6 +177,7 @@ class Target:
         weight: Default spec of weights, complete.
         ops: Op kind to placement.
         residual: How residual additions are treated.
+        concat: Which concatenations are quantized for the sake of what lies behind their readers.
         ties: Op kinds whose inputs and output share one scale (R19, R27).
         heuristics: Shape rules.
         refuses: Specs that a recipe may not ask for.
@@ -179,6 +193,7 @@ class Target:
     weight: QSpec
     ops: Mapping[str, OpPlacement]
     residual: Residual = field(default_factory=Residual)
+    concat: Concat = field(default_factory=Concat)
     ties: frozenset[str] = frozenset()
     heuristics: tuple[Heuristic, ...] = ()
     refuses: tuple[Refusal, ...] = ()
@@ -197,8 +212,8 @@ class Target:
     def kinds(self) -> frozenset[str]:
         """Every op kind that its data names."""
         bias = [self.bias.kinds] if self.bias is not None else []
-        named = [self.residual.weighted, self.ties, *bias, *(h.kinds for h in self.heuristics)]
-        return frozenset(self.ops).union(*named)
+        named = [self.residual.weighted, self.concat.kinds, self.concat.through, self.ties, *bias]
+        return frozenset(self.ops).union(*named, *(h.kinds for h in self.heuristics))
 
     def at(self, version: str | None = None, compute_capability: str | None = None) -> Target:
         """This target with the heuristics that hold for one version and one GPU.
@@ -257,6 +272,7 @@ class Target:
                 weight=weight,
                 ops={kind: _placement(row, where) for row in data["ops"] for kind in row["kinds"]},
                 residual=_residual(data.get("residual", {}), where),
+                concat=_concat(data.get("concat", {}), where),
                 ties=frozenset(data.get("ties", ())),
                 heuristics=tuple(_heuristic(row, where) for row in data.get("heuristics", ())),
                 refuses=tuple(_refusal(row, where) for row in data.get("refuses", ())),
@@ -307,6 +323,11 @@ def _placement(row: Mapping[str, Any], where: str) -> OpPlacement:
 def _residual(data: Mapping[str, Any], where: str) -> Residual:
     _only(data, {f.name for f in fields(Residual)}, where)
     return Residual(data.get("policy", "none"), frozenset(data.get("weighted", ())))
+
+
+def _concat(data: Mapping[str, Any], where: str) -> Concat:
+    _only(data, {f.name for f in fields(Concat)}, where)
+    return Concat(**{key: frozenset(kinds) for key, kinds in data.items()})
 
 
 def _heuristic(row: Mapping[str, Any], where: str) -> Heuristic:

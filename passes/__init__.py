@@ -19,6 +19,7 @@ from .insert_quantizers import InsertQuantizers
 from .keep_dropout import KeepDropout
 from .pipelines import CONVERT, PREPARE, PREPARE_QAT
 from .quantize_biases import QuantizeBiases
+from .quantize_concat import QuantizeConcat
 from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .set_aside_training import SetAsideTraining
@@ -44,6 +45,7 @@ __all__ = [
     "InsertQuantizers",
     "KeepDropout",
     "QuantizeBiases",
+    "QuantizeConcat",
     "ResidualAdd",
     "RestoreTraining",
     "SetAsideTraining",

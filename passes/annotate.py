@@ -10,13 +10,13 @@ from torch import fx
 
 from ..editor import Editor
 from ..errors import RecipeError, TargetError
-from ..graph import Annotation, constant, edge_annotations, error_at, origin, state, tensor_info
+from ..graph import Annotation, State, constant, edge_annotations, error_at, origin, state, tensor_info
 from ..ops import KINDS, kind_name, named, products
 from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule
 from ..target import OpPlacement, Target
 
-__all__ = ["SUMS", "Annotate", "applied", "check_spec", "governing", "matches", "quantized_edges"]
+__all__ = ["SUMS", "Annotate", "applied", "asked", "check_spec", "governing", "matches", "quantized_edges"]
 
 SUMS: Final = frozenset(("add",))
 """Op kinds whose edges :class:`~fxq.passes.residual_add.ResidualAdd` decides on, unless a recipe did."""
@@ -70,7 +70,8 @@ class Annotate(Pass):
             editor.note(node, "R35", "its weight is computed in the graph, so it stays float")
             placement = None
         sums = target.residual.policy != "none" and kind_name(node) in SUMS
-        effective = {i for i, r in rules if sums and not r.explicit}
+        later = sums or kind_name(node) in target.concat.kinds
+        effective = {i for i, r in rules if later and not r.explicit}
         for edge in _edges_of(node, placement):
             chosen, used = _decide(edge, target, placement, rules, sums=sums)
             effective.update(used)
@@ -135,6 +136,30 @@ def applied(node: fx.Node, role: str, recipe: Recipe) -> tuple[int, Rule] | None
         if getattr(rule.edges, role) != KEEP and matches(rule, node):
             found = index, rule
     return found
+
+
+def asked(node: fx.Node, role: str, edge: str, now: State) -> tuple[QSpec, int, str]:
+    """How an edge is quantized that a pass decides on: as the target says, or a recipe rule about `node`.
+
+    Args:
+        node: The operation.
+        role: ``input`` or ``output``.
+        edge: Its edge in words, for errors.
+        now: What is known of the graph.
+
+    Returns:
+        The spec, the rule's index (-1 without one), and what the rule adds to a reason.
+
+    Raises:
+        RecipeError: The rule's spec is one that the target refuses.
+    """
+    said, base = applied(node, role, now.recipe), now.target.activation
+    wish = None if said is None else getattr(said[1].edges, role)
+    if said is None or not isinstance(wish, QSpec):
+        return base, -1, ""
+    spec = wish.over(base)
+    check_spec(node, edge, spec, f"recipe rule {said[0]}, {said[1].text}", now.target)
+    return spec, said[0], f"; how is recipe rule {said[0]}'s, {said[1].text}"
 
 
 def quantized_edges(tensor: fx.Node) -> list[tuple[fx.Node, int | str, Annotation]]:

@@ -22,6 +22,7 @@ from .fuse_batch_norm import FuseBatchNorm
 from .insert_quantizers import InsertQuantizers
 from .keep_dropout import KeepDropout
 from .quantize_biases import QuantizeBiases
+from .quantize_concat import QuantizeConcat
 from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .set_aside_training import SetAsideTraining
@@ -43,6 +44,7 @@ PREPARE: Final = Pipeline(
         Annotate(),
         Advise(),
         ResidualAdd(),
+        QuantizeConcat(),
         TieScales(),
         InsertQuantizers(),
     ),

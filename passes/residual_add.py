@@ -13,9 +13,8 @@ from ..editor import Editor
 from ..graph import Annotation, State, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
-from ..recipe import QSpec
 from ..target import Target
-from .annotate import SUMS, applied, check_spec
+from .annotate import SUMS, asked
 
 __all__ = ["ResidualAdd", "longest_ways", "sources"]
 
@@ -85,12 +84,8 @@ def _annotation(add: fx.Node, edge: int, now: State, shared: bool) -> Annotation
     reason = f"skip edge: {conv} takes the addition along when the other input arrives quantized"
     if shared:
         reason += f"; {skip} has a quantizer already and the same one serves"
-    spec, priority, said = now.target.activation, -1, applied(add, "input", now.recipe)
-    if said is not None and isinstance(said[1].edges.input, QSpec):
-        priority, spec = said[0], said[1].edges.input.over(now.target.activation)
-        check_spec(add, f"input {edge}", spec, f"recipe rule {priority}, {said[1].text}", now.target)
-        reason += f"; how is recipe rule {priority}'s, {said[1].text}"
-    return Annotation(spec, "R24" if shared else "R23", reason, priority)
+    spec, priority, how = asked(add, "input", f"input {edge}", now)
+    return Annotation(spec, "R24" if shared else "R23", reason + how, priority)
 
 
 @dataclass(frozen=True)

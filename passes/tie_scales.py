@@ -15,7 +15,7 @@ from ..passbase import Pass
 from ..recipe import PerTensor, QSpec
 from .annotate import governing, quantized_edges
 
-__all__ = ["TieScales"]
+__all__ = ["TieScales", "moved", "tied"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TieScales(Pass):
     requires: ClassVar[tuple[str, ...]] = ("annotated",)
 
     def call(self, editor: Editor) -> None:
-        for members in _groups(editor.graph, state(editor.gm).target.ties):
+        for members in tied(editor.graph, state(editor.gm).target.ties):
             governed = {m: a for m in members if (a := governing(m)) is not None and a.spec is not None}
             while governed:
                 first = next(iter(governed))
@@ -82,8 +82,8 @@ def _note_parted(editor: Editor, first: fx.Node, other: fx.Node, governed: dict[
     )
 
 
-def _groups(graph: fx.Graph, ties: frozenset[str]) -> list[list[fx.Node]]:
-    """Nodes that pass the same values on, in the order of the graph."""
+def tied(graph: fx.Graph, ties: frozenset[str]) -> list[list[fx.Node]]:
+    """Groups of nodes that pass the same values on, in the order of the graph; `ties` are the kinds that do."""
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -93,7 +93,7 @@ def _groups(graph: fx.Graph, ties: frozenset[str]) -> list[list[fx.Node]]:
         return node
 
     for node in graph.nodes:
-        for source in _moved(node, ties):
+        for source in moved(node, ties):
             leader[find(node)] = find(source)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -102,7 +102,7 @@ def _groups(graph: fx.Graph, ties: frozenset[str]) -> list[list[fx.Node]]:
     return list(groups.values())
 
 
-def _moved(node: fx.Node, ties: frozenset[str]) -> Iterator[fx.Node]:
+def moved(node: fx.Node, ties: frozenset[str]) -> Iterator[fx.Node]:
     """The inputs whose values the node passes on (not sizes, indices or weights)."""
     kind = kind_name(node)
     if kind not in ties or not node.args:
