@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxq.backends.onnx_export import export_onnx
 from fxq.graph import ORIGIN, Origin
 from fxq.qdq import DEQUANTIZE, QUANTIZE, quantize
 
@@ -129,3 +132,9 @@ def residual_net() -> tuple[fx.GraphModule, tuple[Tensor]]:
     flat = b.call(torch.flatten, pooled, 1, name="flatten")
     logits = b.linear(b.qdq(flat, 0.01), "fc", (8, 10))
     return b.build(logits), (torch.randn(4, 3, 8, 8),)
+
+
+def export(gm: fx.GraphModule, args: tuple[Any, ...], path: Path, **options: Any) -> onnx.ModelProto:
+    """Export a graph, and read the file."""
+    assert export_onnx(gm, args, options.pop("kwargs", None), path, **options) == path
+    return onnx.load(path)
