@@ -12,90 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from in_place import Program, Program2, functional
 from placing import check_pass
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 from toys import after, basic_net, image, preactivation_net, traced
 
 from fxq.errors import TraceError
-from fxq.graph import tensor_info
-from fxq.ops import inplace_target
-from fxq.passes import Canonicalize, DropIdentities, ExpandModules, Functionalize
-
-NORMALIZE = (Functionalize(), ExpandModules(), Canonicalize(), DropIdentities())
-
-
-class Program(nn.Module):
-    """A function of its inputs, and maybe of modules of its own, as a model."""
-
-    def __init__(self, function: Callable[..., Any], **parts: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            self.add_module(name, part)
-        self.given = (self,) if parts else ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        parts = {name: copy.deepcopy(part, memo) for name, part in self.named_children()}
-        return type(self)(self.function, **parts)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(*((self,) if self._modules else ()), x)
-
-
-class Program2(Program):
-    """As :class:`Program`, with two inputs."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
-        return self.function(*((self,) if self._modules else ()), x, y)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and checks that each node gives what its TensorInfo says."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        info = tensor_info(n)
-        if isinstance(result, Tensor):
-            assert info is not None, n.format_node()
-            assert (info.shape, info.dtype) == (tuple(result.shape), result.dtype), n.format_node()
-        return result
-
-
-def same(gm: fx.GraphModule, model: nn.Module, *inputs: Tensor) -> None:
-    """The graph gives what the model gives, to the bit, and leaves its inputs alone."""
-    with torch.no_grad():
-        expected = model(*[x.clone() for x in inputs])
-        mine = [x.clone() for x in inputs]
-        found = gm(*mine)
-        _Recorder(gm).run(*[x.clone() for x in inputs], enable_io_processing=False)
-    leaves, spec = pytree.tree_flatten(expected)
-    others, other_spec = pytree.tree_flatten(found)
-    assert spec == other_spec
-    for a, b in zip(others, leaves, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    for a, b in zip(mine, inputs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def functional(model: nn.Module, *inputs: Tensor, golden: str | None = None) -> fx.GraphModule:
-    """The functionalized graph: equal to the model, without a trace of in-place work; normalized, it stays
-    equal.
-    """
-    model.eval()
-    gm = traced(model, *[x.clone() for x in inputs])
-    if any(getattr(module, "inplace", False) for module in gm.modules()):  # the text does not tell
-        result = Functionalize()(gm)
-        assert result.modified
-        assert not check_pass(Functionalize(), result.graph_module, golden).modified
-    else:
-        result = check_pass(Functionalize(), gm, golden)
-    assert [n.name for n in result.graph_module.graph.nodes if inplace_target(n) is not None] == []
-    same(result.graph_module, model, *inputs)
-    same(after(NORMALIZE, model, *inputs), model, *inputs)
-    return result.graph_module
+from fxq.passes import Functionalize
 
 
 def unused_relu(x: Tensor) -> Tensor:
@@ -264,6 +187,8 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
         size_arithmetic,
     )
 }
+
+
 X = (2, 3, 4)
 
 
@@ -356,6 +281,8 @@ def test_views_by_modules() -> None:
 
 
 MASK = torch.arange(24).view(X) % 3 == 0
+
+
 ASSIGNMENTS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "int": lambda y, v: operator.setitem(y, 0, 1.5),
     "int by a tensor": lambda y, v: operator.setitem(y, -1, v[0]),
@@ -577,117 +504,3 @@ def test_leaf_modules_that_write() -> None:
 def test_a_graph_without_writes_is_not_modified() -> None:
     gm = traced(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), image(1, 3, 8, 8))
     assert not check_pass(Functionalize(), gm).modified
-
-
-# Random programs. Each step picks a tensor of the pool and what to do with it by numbers; a first, eager run
-# turns these into calls with fixed arguments, which are then traced.
-
-
-def view_step(x: Tensor, a: int, b: int) -> Callable[[Tensor], Tensor] | None:
-    rank = x.dim()
-    if rank == 0:
-        return lambda t: t.unsqueeze(0)
-    dim, other, size = a % rank, b % rank, x.shape[a % rank]
-    kinds: list[Callable[[Tensor], Tensor]] = [
-        lambda t: t.transpose(dim, other),
-        lambda t: t.permute(*(list(range(rank))[dim:] + list(range(rank))[:dim])),
-        lambda t: t.reshape(-1),
-        lambda t: t.flatten(dim),
-        lambda t: t.unsqueeze(dim),
-        lambda t: t.squeeze(dim),
-        lambda t: t.movedim(dim, other),
-        lambda t: t.detach(),
-        lambda t: t.contiguous(),
-        lambda t: t.expand(2, *x.shape),
-    ]
-    if size > 1:
-        index = (slice(None),) * dim
-        start = b % size
-        kinds += [
-            lambda t: t[(*index, start)],
-            lambda t: t[(*index, slice(start, None))],
-            lambda t: t[(*index, slice(None, None, 2))],
-            lambda t: t[(*index, slice(-size + start, None), ...)],
-            lambda t: t.chunk(2, dim)[1],
-            lambda t: t.split(size - 1, dim)[b % 2],
-            lambda t: t.unbind(dim)[start],
-            lambda t: t.narrow(dim, start, 1),
-            lambda t: t.select(dim, start - size),
-        ]
-    return kinds[(a * 7 + b) % len(kinds)]
-
-
-def write_step(x: Tensor, a: int, b: int) -> Callable[[Tensor, Tensor], Any]:
-    rank = x.dim()
-    kinds: list[Callable[[Tensor, Tensor], Any]] = [
-        lambda t, o: t.add_(1),
-        lambda t, o: t.relu_(),
-        lambda t, o: t.mul_(o.amax()),  # exact, in whatever order memory lies
-        lambda t, o: operator.isub(t, 0.5),
-        lambda t, o: F.leaky_relu(t, 0.3, inplace=True),
-        lambda t, o: t.clamp_(-2, 2),
-        lambda t, o: t.fill_(b),
-        lambda t, o: t.zero_(),
-        lambda t, o: t.masked_fill_(t > 0.5, a),
-        lambda t, o: operator.setitem(t, t < 0, b),
-        lambda t, o: t.copy_(o.amin()),
-    ]
-    if rank:
-        dim, size = a % rank, x.shape[a % rank]
-        index = (slice(None),) * dim
-        kinds += [
-            lambda t, o: operator.setitem(t, (*index, b % size), a),
-            lambda t, o: operator.setitem(t, (*index, slice(b % size, None)), o.amax()),
-            lambda t, o: operator.setitem(t, (*index, slice(0, 1)), t[(*index, slice(size - 1, size))] + 1),
-            lambda t, o: t.add_(t.flip(dim)),
-            lambda t, o: t[(*index, b % size)].sub_(2),
-        ]
-    return kinds[(a * 5 + b) % len(kinds)]
-
-
-def resolve(shape: tuple[int, ...], steps: list[tuple[bool, int, int, int, int]]) -> Callable[[Tensor], Any]:
-    """The program that these numbers mean; steps that PyTorch itself refuses are left out."""
-    pool = [image(*shape) * 2]
-    program: list[tuple[bool, int, int, Any]] = []
-    for write, first, second, a, b in steps:
-        i, j = first % len(pool), second % len(pool)
-        try:
-            if write:
-                step: Any = write_step(pool[i], a, b)
-                result = step(pool[i], pool[j])
-            else:
-                step = view_step(pool[i], a, b)
-                result = step(pool[i])
-        except (RuntimeError, UserWarning):  # several elements in one place
-            continue
-        program.append((write, i, j, step))
-        if result is not None:
-            pool.append(result)
-
-    def run(x: Tensor) -> Any:
-        live = [x * 2]
-        for write, i, j, step in program:
-            result = step(live[i], live[j]) if write else step(live[i])
-            if result is not None:
-                live.append(result)
-        return tuple(live)
-
-    return run
-
-
-STEPS = st.lists(st.tuples(st.booleans(), *[st.integers(0, 11)] * 4), min_size=1, max_size=12)
-
-
-@settings(max_examples=150)
-@given(shape=st.sampled_from([(2, 3, 4), (3, 2), (4,), (1, 2, 1, 3)]), steps=STEPS)
-def test_random_programs(shape: tuple[int, ...], steps: list[tuple[bool, int, int, int, int]]) -> None:
-    model = Program(resolve(shape, steps))
-    x = image(*shape)
-    try:
-        gm = after((Functionalize(),), model, x)
-    except TraceError as error:
-        if "through expand" not in error.message:  # the only view here whose memory cannot be put back
-            raise
-        return
-    same(gm, model, x)
-    same(after(NORMALIZE, model, x), model, x)
