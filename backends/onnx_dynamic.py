@@ -53,9 +53,12 @@ def dynamic_dims(
             label = spec if isinstance(spec, str) else f"{name}_dim{axis}"
             size, first = sizes.setdefault(label, (tensor.shape[axis], name))
             if size != tensor.shape[axis]:
+                same = {
+                    n: {axis: label} for n, t in zip(names, tensors, strict=True) if t.shape[axis : axis + 1] == (size,)
+                }
                 raise ExportError(
                     f"dimension {label!r} is {size} in input {first!r} and {tensor.shape[axis]} in {name!r}",
-                    hint=f"give different dimensions different names: dynamic_shapes={_ALLOWED}",
+                    hint=f"name the inputs that have it, dynamic_shapes={same}, and give other dimensions other names",
                 )
             if label not in known:
                 known[label] = _dim(label, name, size, spec)

@@ -108,7 +108,7 @@ def _collect(
     if not found:
         raise CalibrationError(
             "this graph has no quantizers",
-            hint="calibrate what fxq.prepare returned, with a recipe that quantizes",
+            hint="calibrate what fxq.prepare returned; if that is it, fxq.report says why all of it stays float",
         )
     if max_batches is not None and (not hasattr(max_batches, "__index__") or max_batches < 1):
         raise CalibrationError(f"max_batches is {max_batches!r}", hint="give a whole number from 1 on, or None for all")

@@ -20,6 +20,7 @@ from .graph import Note, edge_annotations, origin, state, tensor_info
 from .ops import kind_name, named, products
 from .placement import SKIP_RULES, EdgeRow, behind_norm, edge_rows, hidden_products, read_tensor
 from .qdq import QUANTIZE
+from .recipe import Rule
 from .reports import stage_of, warnings_of
 from .target import Target
 from .verify import is_dequantized, quantizer_of
@@ -143,18 +144,19 @@ def explain(gm: fx.GraphModule, where: str = "*") -> Explanation:
 
     Args:
         gm: A prepared, trained or converted graph.
-        where: A glob over module paths or ``op:kind``, as in a recipe rule: ``"layer1.*"``, ``"op:add"``.
+        where: A pattern as in a recipe rule: ``"layer1.*"``, ``"re:layer[12]"``, ``"op:add"``.
 
     Returns:
         The edges in graph order; print it, or take ``to_dict()``.
 
     Raises:
         PassError: Nothing is placed in the graph yet: it was traced and no more.
-        RecipeError: Nothing in the graph matches `where`.
+        RecipeError: Nothing in the graph matches `where`, or it is no pattern.
     """
     held = state(gm)
     if "annotated" not in held.properties:
         raise PassError("nothing is placed in this graph yet", hint="explain what fxq.prepare returned")
+    where = str(Rule(where, None).match)  # a rule says what is wrong with a pattern
     nodes = [n for n in gm.graph.nodes if n.op.startswith("call_") and not _is_quantization(n)]
     chosen = [n for n in nodes if named(n, where)]
     if not chosen:
@@ -225,7 +227,7 @@ def _expected(gm: fx.GraphModule, node: fx.Node, target: Target) -> Iterator[tup
     kind = kind_name(node)
     placement = target.ops.get(kind)
     if placement is not None:
-        keys = {*placement.inputs, *([] if placement.weight is None else [placement.weight])}
+        keys = set(placement.arguments)
     elif kind in _ACTIVATIONS | _NORMS | _CHOOSING | _GAINING or hidden_products(gm, node):
         keys = {0}
     elif kind == "add":

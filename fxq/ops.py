@@ -9,6 +9,7 @@ kind's own target, and :func:`kind` is one dictionary look-up.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -81,13 +82,16 @@ def kind_name(node: fx.Node) -> str:
 
 
 def named(node: fx.Node, pattern: str) -> bool:
-    """Whether a recipe's pattern names `node`: ``op:`` and a glob over kinds, or a glob over the path of its module
-    or of one that this lies in.
+    """Whether a recipe's pattern names `node`: ``op:`` and a glob over kinds, or a glob, or ``re:`` and a regular
+    expression, over the path of its module or of one that this lies in.
     """
     if pattern.startswith("op:"):
         return fnmatch.fnmatchcase(kind_name(node), pattern.removeprefix("op:"))
     path = origin(node).module_path
     parts = path.split(".") if path else []
+    if pattern.startswith("re:"):
+        expression = re.compile(pattern.removeprefix("re:"))
+        return any(expression.fullmatch(".".join(parts[:n])) for n in range(len(parts), -1, -1))
     return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), -1, -1))
 
 

@@ -7,6 +7,7 @@ speaks of follows the target's own placement.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +87,9 @@ class Rule:
 
     Attributes:
         match: One of: a glob over module paths (``"layer1.*"``), which holds for what is inside a matching
-            module too (``"*"`` for the whole model); ``"op:add"``, a glob over op kinds; a module type
-            (``nn.Linear``), which holds for what is inside such a module too; a predicate over FX nodes.
+            module too (``"*"`` for the whole model); ``"re:layer[12]"``, a regular expression over the whole of
+            such a path; ``"op:add"``, a glob over op kinds; a module type (``nn.Linear``), which holds for what is
+            inside such a module too; a predicate over FX nodes.
         spec: One of: a :class:`QSpec`, for the inputs and weights that the target quantizes (what it leaves
             open comes from the target); None, which leaves inputs, weights and output float;
             :class:`EdgeSpecs`, which speaks of the edges it names whether the target quantizes them or not.
@@ -105,12 +107,17 @@ class Rule:
         if not (isinstance(self.match, str | type) or callable(self.match)):
             raise RecipeError(
                 f"cannot match by {self.match!r}",
-                hint='use a module-path glob, "op:kind", a module type or a predicate over nodes',
+                hint='use a module-path glob, "re:expression", "op:kind", a module type or a predicate over nodes',
             )
         if isinstance(self.match, type) and not issubclass(self.match, torch.nn.Module):
             raise RecipeError(f"{self.match.__name__} is no module type", hint="match by a subclass of nn.Module")
-        if self.match in ("", "op:"):
+        if self.match in ("", "op:", "re:"):
             raise RecipeError("a rule with an empty match", hint='use "*" for the whole model')
+        if isinstance(self.match, str) and self.match.startswith("re:"):
+            try:
+                re.compile(self.match.removeprefix("re:"))
+            except re.error as error:
+                raise RecipeError(f"{self.match!r} is no regular expression: {error}") from error
         if self.spec is not None and not isinstance(self.spec, QSpec | EdgeSpecs):
             raise RecipeError(f"{self.spec!r} is no spec", hint="use QSpec(...), EdgeSpecs(...) or None")
 
@@ -139,13 +146,20 @@ class Recipe:
     """An ordered list of rules; the last one that matches wins, edge by edge.
 
     Example:
-        >>> Recipe([Rule("classifier", None), Rule("op:conv2d", QSpec(method="entropy"))])  # doctest:
-        +ELLIPSIS Recipe(...)
+        >>> recipe = Recipe([Rule("classifier", None), Rule("op:conv2d", QSpec(method="entropy"))])
+        >>> [rule.text for rule in recipe.rules]
+        ["'classifier'", "'op:conv2d'"]
+
+    Raises:
+        RecipeError: That is no list of rules.
     """
 
     rules: Sequence[Rule] = field(default=())
 
     def __post_init__(self) -> None:
+        given: object = self.rules
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise RecipeError(f"a {type(given).__name__} is no list of rules", hint="write Recipe([Rule(...)])")
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):

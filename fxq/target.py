@@ -36,6 +36,9 @@ class OpPlacement:
         output: Whether the op's own result is quantized.
         rule: Rule id to cite.
         reason: One sentence to give.
+
+    Raises:
+        TargetError: An argument is no index.
     """
 
     inputs: tuple[int, ...] = ()
@@ -45,6 +48,18 @@ class OpPlacement:
     output: bool = False
     rule: str = "R20"
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        for index in self.arguments:
+            if type(index) is not int or index < 0:
+                raise TargetError(
+                    f"an operation's edge is {index!r}", hint="count arguments from 0: inputs: [0], weight: 1"
+                )
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """Indices of all arguments that get quantizers."""
+        return (*self.inputs, *(() if self.weight is None else (self.weight,)))
 
 
 @dataclass(frozen=True)
@@ -262,6 +277,8 @@ class Target:
         """
         try:
             data = extended(data, where)
+            if not isinstance(data, Mapping):
+                raise TargetError(f"{where}: it holds no mapping", hint="compare it with backends/tensorrt.yaml")
             _only(data, {f.name for f in fields(cls)}, where)
             activation, weight = spec_from(data["activation"], where), spec_from(data["weight"], where)
             if activation is None or weight is None:
@@ -270,10 +287,10 @@ class Target:
                 name=str(data["name"]),
                 activation=activation,
                 weight=weight,
-                ops={kind: _placement(row, where) for row in data["ops"] for kind in row["kinds"]},
+                ops={kind: _placement(row, where) for row in data["ops"] for kind in _kinds(row["kinds"], where)},
                 residual=_residual(data.get("residual", {}), where),
                 concat=_concat(data.get("concat", {}), where),
-                ties=frozenset(data.get("ties", ())),
+                ties=frozenset(_kinds(data.get("ties", []), where)),
                 heuristics=tuple(_heuristic(row, where) for row in data.get("heuristics", ())),
                 refuses=tuple(_refusal(row, where) for row in data.get("refuses", ())),
                 bias=_biases(data["bias"], where) if data.get("bias") is not None else None,
@@ -312,6 +329,13 @@ def _only(data: Any, known: set[str], where: str) -> None:
         raise TargetError(f"{where}: nothing is called {', '.join(extra)}", hint=f"known: {', '.join(sorted(known))}")
 
 
+def _kinds(value: Any, where: str) -> tuple[str, ...]:
+    """Names of op kinds, in the file's order; a lone name would be read letter by letter."""
+    if not isinstance(value, list) or not all(isinstance(kind, str) for kind in value):
+        raise TargetError(f"{where}: {value!r} is no list of op kinds", hint="write [conv2d, linear]")
+    return tuple(value)
+
+
 def _placement(row: Mapping[str, Any], where: str) -> OpPlacement:
     given = {k: v for k, v in row.items() if k != "kinds"}
     _only(given, {f.name for f in fields(OpPlacement)}, where)
@@ -322,22 +346,22 @@ def _placement(row: Mapping[str, Any], where: str) -> OpPlacement:
 
 def _residual(data: Mapping[str, Any], where: str) -> Residual:
     _only(data, {f.name for f in fields(Residual)}, where)
-    return Residual(data.get("policy", "none"), frozenset(data.get("weighted", ())))
+    return Residual(data.get("policy", "none"), frozenset(_kinds(data.get("weighted", []), where)))
 
 
 def _concat(data: Mapping[str, Any], where: str) -> Concat:
     _only(data, {f.name for f in fields(Concat)}, where)
-    return Concat(**{key: frozenset(kinds) for key, kinds in data.items()})
+    return Concat(**{key: frozenset(_kinds(kinds, where)) for key, kinds in data.items()})
 
 
 def _heuristic(row: Mapping[str, Any], where: str) -> Heuristic:
     _only(row, {f.name for f in fields(Heuristic)}, where)
-    return Heuristic(**{**row, "kinds": frozenset(row["kinds"])})
+    return Heuristic(**{**row, "kinds": frozenset(_kinds(row["kinds"], where))})
 
 
 def _biases(data: Mapping[str, Any], where: str) -> Biases:
     _only(data, {f.name for f in fields(Biases)}, where)
-    return Biases(**{**data, "kinds": frozenset(data["kinds"])})
+    return Biases(**{**data, "kinds": frozenset(_kinds(data["kinds"], where))})
 
 
 def _refusal(row: Mapping[str, Any], where: str) -> Refusal:

@@ -188,6 +188,12 @@ def _check(heuristic: Heuristic, target: Target) -> None:
             hint=f"use one of {', '.join(CHECKS)}",
         )
     wanted = _parameters(CHECKS[heuristic.check])
+    for name, value in heuristic.parameters.items():
+        if not all(type(number) is int for number in (value if isinstance(value, list) else [value])):
+            raise TargetError(
+                f"target {target.name}: {name} of {heuristic.rule} is {value!r}",
+                hint="give an integer, or a list of them",
+            )
     if set(heuristic.parameters) != wanted:
         raise TargetError(
             f"target {target.name}: check {heuristic.check!r} of {heuristic.rule} got the parameters "

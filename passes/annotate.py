@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, ClassVar, Final
 
 from torch import fx
@@ -183,12 +184,21 @@ def governing(tensor: fx.Node) -> Annotation | None:
 
 
 def _check_kinds(target: Target) -> None:
+    """Stop at kinds that do not exist, and at edges that a kind does not have."""
     strange = sorted(target.kinds - set(KINDS))
     if strange:
+        alike = dict.fromkeys(name for kind in strange for name in get_close_matches(kind, KINDS, 2))
         raise TargetError(
             f"target {target.name} speaks of {', '.join(strange)}, which are no op kinds",
-            hint=f"there are {', '.join(sorted(KINDS))}",
+            hint=f"{'is ' + ' or '.join(alike) + ' meant? ' if alike else ''}there are {', '.join(sorted(KINDS))}",
         )
+    for kind, placement in target.ops.items():
+        names = list(KINDS[kind].params)[: KINDS[kind].tensors]
+        if any(index >= len(names) for index in placement.arguments):
+            raise TargetError(
+                f"target {target.name} quantizes argument {max(placement.arguments)} of {kind}, which it does not have",
+                hint=f"its tensors are {', '.join(f'{index} ({name})' for index, name in enumerate(names))}",
+            )
 
 
 def _check_rules(recipe: Recipe, matched: set[int], effective: set[int], gm: fx.GraphModule) -> None:
@@ -222,10 +232,7 @@ def _edges_of(node: fx.Node, placement: OpPlacement | None) -> list[_Edge]:
     """The edges that target or recipe may quantize: of a placed operation those that its placement names
     (never the bias, R17), of another one all its tensors.
     """
-    if placement is not None:
-        keys = list(placement.inputs) + ([] if placement.weight is None else [placement.weight])
-    else:
-        keys = list(range(len(node.args)))
+    keys = placement.arguments if placement is not None else range(len(node.args))
     edges = [
         _Edge(k, "input" if constant(node.args[k]) is None else "weight", placement is not None)
         for k in keys
@@ -317,6 +324,13 @@ def _with_axis(node: fx.Node, edge: _Edge, spec: QSpec, placement: OpPlacement |
         )
     if axis is None:
         axis = _output_channels(node, edge, rank, placement)
+        if axis is not None and not -rank <= axis < rank:
+            raise error_at(
+                TargetError,
+                f"the target's weight_axis for {kind_name(node)} is {axis}, and the weight has {rank} dimensions",
+                node,
+                f"give an axis from 0 to {rank - 1}, or none for one scale",
+            )
     return replace(spec, granularity=PerTensor() if axis is None else PerChannel(axis % rank))
 
 

@@ -86,8 +86,9 @@ def test_wrong_dynamic_shapes_are_refused(tmp_path: Path, shapes: Any, message: 
 
 
 def test_inputs_of_unequal_first_dimension_have_no_common_batch(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="'batch' is 4 in input 'x' and 1 in 'y'"):
+    with pytest.raises(ExportError, match="'batch' is 4 in input 'x' and 1 in 'y'") as caught:
         export(two_inputs(), (torch.randn(4, 6), torch.randn(1, 6)), tmp_path / "m.onnx")
+    assert "dynamic_shapes={'x': {0: 'batch'}}" in str(caught.value.hint)
 
 
 def test_a_fixed_batch_is_refused_at_its_node_and_never_exported_silently(tmp_path: Path) -> None:

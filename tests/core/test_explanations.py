@@ -147,6 +147,8 @@ def test_the_filter() -> None:
     with pytest.raises(RecipeError, match=r"no operation matches 'layer9\.\*'") as error:
         fxq.explain(prepared, "layer9.*")
     assert "blocks.0.conv1" in (error.value.hint or "")
+    with pytest.raises(RecipeError, match="is no regular expression"):
+        fxq.explain(prepared, "re:(")
     with pytest.raises(PassError, match="nothing is placed in this graph yet"):
         fxq.explain(fxq.trace(basic_net(), image(2, 3, 16, 16)))
 

@@ -159,6 +159,8 @@ WRONG_RULES: list[tuple[Any, Any, str]] = [
     (3, None, "cannot match by 3"),
     ("", None, "empty match"),
     ("op:", None, "empty match"),
+    ("re:", None, "empty match"),
+    ("re:[a", None, "is no regular expression: unterminated character set"),
     (int, None, "int is no module type"),
     ("a", "int8", "'int8' is no spec"),
     ("a", {"dtype": "int8"}, "is no spec"),
@@ -174,6 +176,13 @@ def test_wrong_rules(match: Any, spec: Any, message: str) -> None:
 def test_wrong_edges() -> None:
     with pytest.raises(RecipeError, match="weight='int8' is no spec"):
         EdgeSpecs(weight="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [Rule("a", None), {"a": None}, "a", 3], ids=str)
+def test_what_is_no_list_of_rules(given: Any) -> None:
+    with pytest.raises(RecipeError, match="is no list of rules") as caught:
+        Recipe(given)
+    assert caught.value.hint == "write Recipe([Rule(...)])"
 
 
 def test_recipes_hold_rules() -> None:

@@ -132,9 +132,13 @@ WRONG: dict[str, tuple[Any, str]] = {
         "dtype of refusal R9 is 'int7'",
     ),
     "an unknown key of a refusal": (data(refuses=[{"rule": "R9", "types": []}]), "nothing is called types"),
-    "a list": ([1, 2], "nothing is called 1, 2"),
-    "nothing": (None, "not a target"),
-    "text": ("tensorrt", "nothing is called"),
+    "a list": ([1, 2], "it holds no mapping"),
+    "nothing": (None, "it holds no mapping"),
+    "text": ("tensorrt", "it holds no mapping"),
+    "a lone kind": (in_op(kinds="linear"), "'linear' is no list of op kinds"),
+    "a lone tie": (data(ties="cat"), "'cat' is no list of op kinds"),
+    "an edge by name": (in_op(inputs=["input"]), "an operation's edge is 'input'"),
+    "an edge before the first": (in_op(weight=-1), "an operation's edge is -1"),
 }
 
 

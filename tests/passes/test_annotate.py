@@ -166,6 +166,8 @@ def test_integers_have_nothing_to_quantize() -> None:
 MATCHES: dict[str, tuple[Any, set[str]]] = {
     "a path": ("fc1", {"fc1"}),
     "a glob": ("fc[12]", {"fc1", "fc2"}),
+    "an expression": (r"re:fc\d|conv1", {"fc1", "fc2", "fc3", "conv1"}),
+    "an expression fits the whole path": ("re:.*2|f", {"conv2", "fc2"}),
     "a glob over everything": ("*", set(ALL)),
     "an op kind": ("op:linear", {"fc1", "fc2", "fc3"}),
     "a glob over op kinds": ("op:conv*", {"conv1", "conv2"}),
@@ -189,6 +191,7 @@ INSIDE = {
     "*.1": "blocks_1_",
     "blocks.?": "blocks_",
     "blocks.1.downsample": "blocks_1_downsample",
+    r"re:blocks\.\d": "blocks_",
 }
 
 
@@ -409,6 +412,18 @@ def test_a_target_with_unknown_kinds() -> None:
     target = replace(Target.load("tensorrt"), ties=frozenset({"cat", "concatenate"}))
     with pytest.raises(TargetError, match="speaks of concatenate, which are no op kinds"):
         prepared(lenet(), image(*DIGITS), target=target)
+    with pytest.raises(TargetError, match="speaks of linaer") as caught:
+        prepared(lenet(), image(*DIGITS), target=replace(target, ties=frozenset({"linaer"})))
+    assert str(caught.value.hint).startswith("is linear meant? ")
+
+
+def test_a_target_whose_edges_do_not_exist() -> None:
+    with pytest.raises(TargetError, match="quantizes argument 7 of conv1d, which it does not have") as caught:
+        prepared(lenet(), image(*DIGITS), target=with_ops(lambda p: replace(p, weight=7)))
+    assert caught.value.hint == "its tensors are 0 (input), 1 (weight), 2 (bias)"
+    with pytest.raises(TargetError, match="weight_axis for conv2d is 5, and the weight has 4 dimensions") as caught:
+        prepared(lenet(), image(*DIGITS), target=with_ops(lambda p: replace(p, weight_axis=5)))
+    assert caught.value.node == "conv1"
 
 
 def test_governing_annotation() -> None:
