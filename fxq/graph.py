@@ -37,6 +37,7 @@ __all__ = [
     "error_at",
     "has_state",
     "origin",
+    "reads_sizes",
     "set_state",
     "state",
     "tensor_info",
@@ -254,6 +255,16 @@ def constant(node: Any) -> torch.Tensor | None:
         return None
     found = attribute(node.graph.owning_module, str(node.target))
     return found if isinstance(found, torch.Tensor) else None
+
+
+_SIZES: Final = frozenset(("size", "dim", "ndimension", "numel", "nelement", "shape", "ndim", "dtype", "device"))
+
+
+def reads_sizes(node: fx.Node) -> bool:
+    """Whether `node` asks a tensor for its shape or type (``x.shape``, ``x.size(0)``) and leaves its values alone."""
+    if node.op == "call_method":
+        return node.target in _SIZES
+    return node.target is getattr and node.args[1] in _SIZES
 
 
 def chain_users(node: fx.Node, through: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import fx
 
 from ..editor import Editor
-from ..graph import Annotation, State, constant, edge_annotations, state, tensor_info
+from ..graph import Annotation, State, constant, edge_annotations, reads_sizes, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
 from ..target import Target
@@ -165,7 +165,7 @@ def _convolution(node: fx.Node, add: fx.Node, target: Target) -> fx.Node | None:
     `node` (R44), if nobody else reads any of it.
     """
     reader = add
-    while len(node.users) == 1 and reader in node.users:
+    while [user for user in node.users if not reads_sizes(user)] == [reader]:
         if kind_name(node) in target.residual.weighted:
             return node
         moving = [a for a in node.args[:2] if isinstance(a, fx.Node) and constant(a) is None]
@@ -185,8 +185,8 @@ def _not_fusible(first: fx.Node, second: fx.Node, target: Target, order: Mapping
 
 
 def sources(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node the set of inputs that it depends on, as bits; stored tensors (``get_attr``) do not
-    count.
+    """For each node the set of inputs that its values depend on, as bits; stored tensors (``get_attr``) and
+    sizes do not count.
 
     Two nodes have an ancestor in common exactly if their bits meet. One walk over the graph.
     """
@@ -194,7 +194,7 @@ def sources(graph: fx.Graph) -> dict[fx.Node, int]:
     inputs = 0
     for node in graph.nodes:
         bits[node] = 0
-        if node.op == "get_attr":
+        if node.op == "get_attr" or reads_sizes(node):
             continue
         for source in node.all_input_nodes:
             bits[node] |= bits[source]
@@ -224,7 +224,7 @@ def longest_ways(
     heap: list[tuple[int, fx.Node]] = []
 
     def reach(node: fx.Node, side: int, way: Way) -> None:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or reads_sizes(node):
             return
         if node not in ways:
             ways[node] = {}

@@ -7,6 +7,7 @@ import operator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from placing import (
     Lambda,
     Lambda2,
@@ -34,6 +35,16 @@ from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
 from fxq.target import Residual, Target
 
 # What a block may look like, with the same placement every time.
+
+
+def test_a_pyramid_whose_skip_takes_its_size_from_the_other_branch() -> None:
+    def pyramid(m: nn.Module, x: Tensor) -> Tensor:
+        coarse, fine = m.down(F.max_pool2d(m.conv1(x), 2)), m.lateral(x)
+        return m.conv2(fine + F.interpolate(coarse, size=fine.shape[-2:]))
+
+    gm = prepared(block(pyramid, lateral=conv(kernel=1)), image(*X))
+    assert reads(gm, "add") == ["lateral", "interpolate_quantizer"]
+    assert decided(gm, "add") == {1: "int8 per-tensor mse R23"}
 
 
 def test_basic_blocks() -> None:
