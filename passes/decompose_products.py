@@ -75,15 +75,18 @@ def _einsum(build: Builder, node: fx.Node) -> fx.Node | None:
     if indices is None or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
     left, right, out = indices
-    batch = [i for i in out if i in left and i in right]
+    shared = [i for i in out if i in left and i in right]
     rows, columns = [i for i in out if i not in right], [i for i in out if i not in left]
     (summed,) = [i for i in left if i not in out]
-    stored = constant(second) is not None and right == [*columns, summed] and not batch
+    stored = constant(second) is not None and right == [*columns, summed] and not shared
+    above = rows[:-1] if shared else []  # matmul broadcasts the second operand over these
+    batch = [*above, *shared]
+    rows = rows[len(above) :]
     first = _permuted(build, first, left, [*batch, *rows, summed], "first")
     if stored:
         made = build("linear", first, second, name="linear")
     else:
-        second = _permuted(build, second, right, [*batch, summed, *columns], "second")
+        second = _permuted(build, second, right, [*shared, summed, *columns], "second")
         made = build("matmul", first, second, name="product")
     return _permuted(build, made, [*batch, *rows, *columns], out, "result")
 
@@ -100,11 +103,11 @@ def _indices(equation: str) -> tuple[list[str], list[str], list[str]] | None:
     sides = [set(left), set(right), set(out)]
     if any(len(side) != len(part) for side, part in zip(sides, (left, right, out), strict=True)):
         return None
-    batch, summed = sides[0] & sides[1] & sides[2], (sides[0] & sides[1]) - sides[2]
+    summed = (sides[0] & sides[1]) - sides[2]
     rows, columns = sides[0] - sides[1], sides[1] - sides[0]
     if len(summed) != 1 or not (rows | columns) <= sides[2]:
         return None
-    return (left, right, out) if len(columns) == 1 and rows and (len(rows) == 1 or not batch) else None
+    return (left, right, out) if len(columns) == 1 and rows else None
 
 
 def _permuted(build: Builder, tensor: fx.Node, have: list[str], want: list[str], name: str) -> fx.Node:
