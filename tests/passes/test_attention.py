@@ -225,6 +225,8 @@ EQUATIONS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
     "result turned": ("bid,bjd->bji", (2, 5, 4), (2, 6, 4)),
     "no batch": ("xij,jk->xik", (2, 5, 4), (4, 6)),
     "implicit": ("ij,jk", (5, 4), (4, 6)),
+    "rows around the batch": ("bythwc,hkc->bythwk", (2, 2, 3, 4, 5, 6), (4, 7, 6)),
+    "rows before the batch": ("bythwc,wkc->bythwk", (2, 2, 3, 4, 5, 6), (5, 7, 6)),
 }
 
 
