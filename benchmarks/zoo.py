@@ -99,7 +99,8 @@ def main() -> None:
     folder = args.work / "zoo"
     folder.mkdir(parents=True, exist_ok=True)
     models, start = list(zoo()), time.monotonic()
-    for model in [] if args.table_only else chosen(models, folder, args):
+    waiting = [] if args.table_only else chosen(models, folder, args)
+    for model in sorted(waiting, key=lambda m: m.parameters):  # the smallest first
         if args.seconds and time.monotonic() - start > args.seconds:
             break
         row = run(model, folder, args)

@@ -63,6 +63,12 @@ class ZooModel:
     family: str
 
     @property
+    def parameters(self) -> int:
+        """How many the whole network has, by torchvision's list; a detector's heads are among them."""
+        weights = networks.torchvision_models().get_model_weights(self.name)
+        return int(next(iter(weights)).meta["num_params"])
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one input, or (C, T, H, W) of a clip."""
         size = SIZES.get(self.name, SIZE)

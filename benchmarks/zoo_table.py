@@ -126,12 +126,27 @@ def _table(rows: list[Row]) -> list[str]:
     return lines + ["| " + " | ".join([row["model"], *(cell(row) for _, cell in COLUMNS)]) + " |" for row in rows]
 
 
+def code(rows: list[Row]) -> list[str]:
+    """Which rows were made by the same source of fxq, said once for the most of them."""
+    marks: dict[str, list[str]] = {}
+    for row in rows:
+        marks.setdefault(row.get("code", "unmarked"), []).append(row["model"])
+    most, *others = sorted(marks, key=lambda mark: -len(marks[mark]))
+    if not others:
+        return [f"All rows are by one source of fxq ({most}).\n"]
+    said = "; ".join(f"{mark}: {', '.join(marks[mark])}" for mark in others)
+    return [
+        f"{len(marks[most])} rows are by one source of fxq ({most}), the others by earlier or later ones: {said}.\n"
+    ]
+
+
 def page(rows: list[Row], missing: Sequence[str], compared: Mapping[str, Mapping[str, Row]]) -> str:
     """The whole page; `missing` are the networks that were not run."""
     through = [row for row in rows if row.get("done") and all(said == "ok" for said in row["steps"].values())]
     lines = [INTRODUCTION, f"{len(through)} of {len(rows)} networks go the whole way, from tracing to an engine.\n"]
     if missing:
         lines += [f"Not run yet ({len(missing)}): {', '.join(missing)}.\n"]
+    lines += code(rows) if rows else []
     for family in dict.fromkeys(row["family"] for row in rows):
         lines += [f"## {family.capitalize()}\n", *_table([r for r in rows if r["family"] == family]), ""]
     for title, found in (("What fails", failures(rows)), ("What placement leaves float", left_float(rows))):

@@ -8,6 +8,7 @@ Each step writes what it found to DIR/MODEL.json, so that a step that takes the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import resource
@@ -66,6 +67,17 @@ class Row:
             self.facts["seconds"][name] = round(time.perf_counter() - start, 2)
             self.facts["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             self.store()
+
+
+def code_mark() -> str:
+    """Eight digits that are the same for rows which the same source of fxq made."""
+    package = Path(fxq.__file__).parent
+    folders = (package, package / "passes", package / "backends")  # the latter may be links, which glob passes by
+    rooms = {path for folder in folders for kind in ("*.py", "*.yaml") for path in folder.rglob(kind)}
+    digest = hashlib.sha256()
+    for room in sorted(rooms):
+        digest.update(str(room.relative_to(package)).encode() + b"\0" + room.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -185,7 +197,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))
     (model,) = [m for m in zoo() if m.name == args.model]
     row = Row(args.work / f"{model.name}.json", model)
-    row.facts["fxq"] = fxq.__version__
+    row.facts["fxq"], row.facts["code"] = fxq.__version__, code_mark()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

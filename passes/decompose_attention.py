@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import fx
@@ -34,8 +35,8 @@ class DecomposeAttention(Pass):
     heuristics then leave the products float.
 
     Declines: where the target's data exclude attention of these shapes (R40), with a note; where the target quantizes
-    no products; where a recipe rule keeps the call float. Also ``is_causal``, grouped queries, and dropout that
-    inference would apply, with a note: those stay one call.
+    no products; where a recipe rule keeps the call float. Also grouped queries, and dropout that inference would
+    apply, with a note: those stay one call.
     """
 
     name: ClassVar[str] = "decompose-attention"
@@ -62,8 +63,9 @@ class DecomposeAttention(Pass):
         assert isinstance(value, fx.Node)
         with editor.before(node):
             build = Builder(editor, node)
-            result, _ = attend(build, query, key, value, _additive(build, query, mask), dropout=0.0,
-                               scale=node.kwargs["scale"])  # type: ignore[arg-type]  # fmt: skip
+            added = _causal(build, query, key) if node.kwargs["is_causal"] else _additive(build, query, mask)
+            scale: Any = node.kwargs["scale"]
+            result, _ = attend(build, query, key, value, added, dropout=0.0, scale=scale)
         editor.replace(node, result)
         editor.erase(node)
 
@@ -76,7 +78,7 @@ def _kept(editor: Editor, node: fx.Node, *, exportable: bool) -> tuple[str, str]
             saw = CHECKS[heuristic.check](node, **heuristic.parameters)
             if saw is not None:
                 return heuristic.rule, f"{heuristic.reason}: {saw}"
-    for name in ("is_causal", "enable_gqa", "dropout_p"):
+    for name in ("enable_gqa", "dropout_p"):
         if node.kwargs[name]:
             return "R20", f"it is called with {name}"
     return None
@@ -85,6 +87,18 @@ def _kept(editor: Editor, node: fx.Node, *, exportable: bool) -> tuple[str, str]
 def _float_by_recipe(editor: Editor, node: fx.Node) -> bool:
     wishes = [rule.edges.input for rule in state(editor.gm).recipe.rules if matches(rule, node)]
     return bool(wishes) and wishes[-1] is None
+
+
+def _causal(build: Builder, query: fx.Node, key: fx.Node) -> fx.Node:
+    """The mask (L, S) that lets no position look ahead, from tensors alone, so that both lengths may change."""
+    ends = []
+    for tensor, fill, name in ((query, 1.0, "rows"), (key, float("-inf"), "columns")):
+        info = tensor_info(tensor)
+        assert info is not None
+        index = (*[0] * (len(info.shape) - 2), slice(None), 0)
+        along = build.call(operator.getitem, tensor, index, name=f"along_{name}")
+        ends.append(build.call(torch.full_like, along, fill, name=name))
+    return build.call(torch.triu, build.call(torch.outer, *ends, name="square"), 1, name="mask")
 
 
 def _additive(build: Builder, query: fx.Node, mask: object) -> fx.Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from toys import image, seeded
 
 import fxq
+from fxq.backends.onnxrt import Session
 from fxq.ops import kind_name
 from fxq.printer import format_graph
 from fxq.recipe import Recipe, Rule
@@ -201,10 +203,29 @@ def test_masks_and_scales_of_the_functional_call() -> None:
     gm = prepared(model, image(1, 2, 10, 32))
     assert len(of_kind(gm, "matmul")) == 4
     same_numbers(gm, model, image(1, 2, 10, 32))
-    causal = Lambda(lambda m, x: m.out(F.scaled_dot_product_attention(x, x, x, is_causal=True)), out=nn.Linear(32, 8))
-    assert why_whole(prepared(causal, image(1, 2, 10, 32))) == [
-        ("R20", "this attention stays one call in floating point: it is called with is_causal")
+    grouped = Lambda(
+        lambda m, x: m.out(F.scaled_dot_product_attention(x, x[:, :1], x[:, :1], enable_gqa=True)), out=nn.Linear(32, 8)
+    )
+    assert why_whole(prepared(grouped, image(1, 2, 10, 32))) == [
+        ("R20", "this attention stays one call in floating point: it is called with enable_gqa")
     ]
+
+
+def test_causal_attention_of_any_length(tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return m.out(F.scaled_dot_product_attention(y, x[:, :, :-1], x[:, :, :-1], is_causal=True))
+
+    model = Lambda(forward, out=nn.Linear(32, 8)).eval()
+    x, longer = image(1, 2, 10, 32), image(2, 2, 13, 32, seed=1)
+    gm = prepared(model, x)
+    assert (fxq.report(gm).totals.weighted, fxq.report(gm).totals.weighted_quantized) == (5, 5)
+    same_numbers(gm, model, x)
+    same_numbers(gm, model, longer)
+    quantized = fxq.quantize(model, [x], progress=False)
+    path = fxq.export(quantized, tmp_path / "causal.onnx", dynamic_shapes={"x": {0: (1, 8), 2: (4, 64)}})
+    with torch.inference_mode():
+        torch.testing.assert_close(Session(path).run(longer)[0], quantized(longer), rtol=1e-3, atol=1e-3)
 
 
 def test_training_keeps_attention_dropout() -> None:
