@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..rules import Finding, Findings, Severity
+from ..tables import readable
 from .onnx_graph import OnnxGraph
 from .onnx_nodes import Node, Quant
 from .trt_fusions import family
 from .trt_kernels import LayerInfo, TensorInfo
-from .trt_prediction import Prediction, readable
+from .trt_prediction import Prediction
 
 __all__ = ["Built", "differences", "float_sums"]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
+from ..tables import readable
 from .latency import Latency, Timings, measure
 from .trt_api import Library, load_library, this_platform
 from .trt_callbacks import capturing, tensorrt_logger
@@ -121,7 +122,7 @@ class Engine:
     def summary(self) -> str:
         """Kernels, the share of weighted ones that read INT8, and bytes moved, as text of a few lines."""
         library = "TensorRT-RTX" if self.record and self.record.library == "tensorrt_rtx" else "TensorRT"
-        head = f"{self.path.name}: {_readable(self.nbytes)}, {library} {self.tensorrt_version}"
+        head = f"{self.path.name}: {readable(self.nbytes)}, {library} {self.tensorrt_version}"
         if self.build_seconds:
             head += f", built in {self.build_seconds:.1f} s"
         if self.kernels is None:
@@ -133,7 +134,7 @@ class Engine:
             f"  kernels: {len(self.kernels)} ({', '.join(f'{n} {kind}' for kind, n in kinds)})",
             f"  weighted kernels reading INT8: {len(self.int8_kernels)} of {len(self.weighted_kernels)}",
             "  activations moved: "
-            + (_readable(bytes_moved) if bytes_moved is not None else "depends on the batch (dynamic shapes)"),
+            + (readable(bytes_moved) if bytes_moved is not None else "depends on the batch (dynamic shapes)"),
         ]
         wide = [kernel for kernel in self.weighted_kernels if not kernel.reads_int8]
         lines += [f"  not INT8: {k.name} from {', '.join(k.onnx_nodes) or '?'}" for k in wide[:_LISTED]]
@@ -308,12 +309,3 @@ def inspect_engine(trt: ModuleType, path: Path) -> tuple[LayerInfo, ...] | None:
     return kernels_from_inspector(
         engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     )
-
-
-def _readable(size: float) -> str:
-    """Bytes with a decimal unit, as in ``1.08 MB``."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

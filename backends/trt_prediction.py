@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Final
 
-from ..tables import plain_console
+from ..tables import plain_console, readable
 from .trt_kernels import LayerInfo, TensorInfo
 
-__all__ = ["PredictedKernel", "Prediction", "readable", "tensor_text"]
+__all__ = ["PredictedKernel", "Prediction", "tensor_text"]
 
 _WIDTH: Final = 120
 
@@ -147,12 +147,3 @@ def tensor_text(tensor: TensorInfo) -> str:
 
 def _tensor(tensor: TensorInfo) -> dict[str, Any]:
     return {**dataclasses.asdict(tensor), "shape": list(tensor.shape), "nbytes": tensor.nbytes}
-
-
-def readable(size: float) -> str:
-    """Bytes with a decimal unit, as in ``1.08 MB``."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import EngineError
 from ..rules import Findings
+from ..tables import readable
 from .files import write_whole
 from .onnx_graph import OnnxGraph
 from .onnx_lint import lint_onnx
@@ -21,7 +22,7 @@ from .trt_differences import Built, differences, float_sums
 from .trt_engine import Engine
 from .trt_kernels import LayerInfo, kernels_from_file
 from .trt_predict import predict_kernels
-from .trt_prediction import Prediction, readable
+from .trt_prediction import Prediction
 from .trt_report_views import KernelRow, html_page, report_text
 
 __all__ = ["EngineReport", "report_engine"]

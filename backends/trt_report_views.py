@@ -10,8 +10,9 @@ from io import StringIO
 from typing import Any, Final
 
 from ..rules import Findings
+from ..tables import readable
 from .trt_kernels import LayerInfo
-from .trt_prediction import Prediction, readable, tensor_text
+from .trt_prediction import Prediction, tensor_text
 
 __all__ = ["KernelRow", "html_page", "report_text"]
 

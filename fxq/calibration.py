@@ -57,19 +57,9 @@ def calibrate(
     process that saw everything: exactly for maxima and histograms, and for moving averages as if the ranks'
     batches had come one rank after the other.
 
-    Args:
-        gm: A prepared graph; its quantizers are changed.
-        batches: Any iterable of batches, or one tensor as the only batch. A batch is a tensor, a tuple or
-            list of positional inputs (elements beyond the model's inputs, such as labels, are dropped), or a
-            dict of inputs by name (further keys are dropped). NumPy arrays become tensors.
-        max_batches: Stop after so many; None (default) takes all.
-        progress: Show a progress bar if stderr is a terminal.
-        forward: ``forward(model, batch)`` runs one batch in your own way; the batch is handed over as it
-            came.
-        reset: Forget earlier statistics first (default); False adds to them.
-        across_ranks: Merge the statistics of all processes of torch.distributed's default group, where there is
-            one; every rank has to call.
-        rank_timeout: Seconds that ranks wait for each other.
+    `gm` is a prepared graph, whose quantizers are changed. `batches` is any iterable of batches, or one tensor as the
+    only batch; a batch is what :func:`fxq.batches.model_inputs` knows. The options are those of
+    :func:`fxq.calibrate`, which says what each is for.
 
     Returns:
         Ranges and scales per tensor.

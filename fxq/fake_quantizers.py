@@ -6,7 +6,6 @@ same call and converted by the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from . import qdq, straight_through
 from .batch_norm import TrainedBatchNorm
 from .folding import Fold
 from .qparams import scale_and_zero_point
-from .quantizer import Mode, Quantizer
+from .quantizer import Mode
 from .trained_scale import TrainedScale
 from .weight_batch import WeightBatch
 
@@ -47,30 +46,14 @@ class FakeQuantizer(TrainedScale):
     """Fake-quantizes one tensor, in training with straight-through gradients and a scale that its policy moves.
 
     In eval mode it computes :func:`fxq.qdq.fake_quantize`, so it gives what the converted graph gives. Mode
-    ``OBSERVE`` collects for calibration as any quantizer does.
-
-    Args:
-        source: The quantizer whose place it takes.
-        policy: What moves the scale; one of :data:`fxq.scale_policy.ACTIVATIONS` or ``WEIGHTS``.
-        shape: The tensor's shape, as the example inputs gave it.
-        momentum: The newest batch's share of a moving average.
+    ``OBSERVE`` collects for calibration as any quantizer does. It is made as a :class:`TrainedScale` is.
 
     Attributes:
-        policy: As given.
-        momentum: As given.
-        scale: float32, [] or [channels]; a Parameter if learned. NaN while unknown.
-        zero_point: int32, likewise.
         folded: The BatchNorm that the weight's layer is folded with; None for activations and layers without one.
-
-    Raises:
-        RecipeError: The policy learns, and the spec is asymmetric or its type floating.
     """
 
+    folded: FoldedInto | None = None
     _batch: WeightBatch | None = None
-
-    def __init__(self, source: Quantizer, policy: str, shape: Sequence[int], *, momentum: float = 0.01) -> None:
-        super().__init__(source, policy, shape, momentum=momentum)
-        self.folded: FoldedInto | None = None
 
     @property
     def mode(self) -> Mode:

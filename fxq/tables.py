@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["WIDTH", "plain_console", "plain_number", "table"]
+__all__ = ["WIDTH", "plain_console", "plain_number", "readable", "table"]
 
 WIDTH: Final = 118
 """Columns that a printed table takes at most."""
@@ -53,3 +53,12 @@ def plain_console(file: TextIO, width: int) -> Console:
 def plain_number(value: Any) -> Any:
     """What JSON can hold of a value: infinities and NaN, which it lacks, as text; all else as it is."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def readable(size: float) -> str:
+    """Bytes with a decimal unit, as in ``1.08 MB``."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import pytest
-from lint_net import INT4, Make, Net, Wanted, brief, fp8_convolution
+from lint_net import INT4, Make, Net, RoomOfChecks, Wanted, fp8_convolution
 from onnx import TensorProto, helper
 
 from fxq.backends import onnx_check_numbers
-from fxq.backends.onnx_lint import lint_onnx
-from fxq.rules import checks
 
 
 def first_conv(scale: object = 0.05, opset: int = 18, **options: object) -> onnx.ModelProto:
@@ -215,19 +212,7 @@ RIGHT: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_one_mistake_is_one_finding(name: str) -> None:
-    make, wanted = BROKEN[name]
-    assert brief(lint_onnx(make())) == wanted
+class TestRoom(RoomOfChecks):
+    """Each mistake and each right graph by itself."""
 
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_nothing_is_found_on_a_right_graph(name: str) -> None:
-    findings = lint_onnx(RIGHT[name]())
-    assert not findings, str(findings)
-
-
-def test_each_rule_of_the_room_has_a_broken_graph() -> None:
-    mine = [c for c in checks("onnx") if c.run.__module__ == onnx_check_numbers.__name__]
-    broken = {rule for _, wanted in BROKEN.values() for rule, _, _ in wanted}
-    assert broken == {rule for c in mine for rule in c.rules}
+    room, broken, right = onnx_check_numbers, BROKEN, RIGHT

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import pytest
-from lint_net import FP8, Make, Net, Wanted, brief, residual
+from lint_net import FP8, Make, Net, RoomOfChecks, Wanted, residual
 from onnx import TensorProto
 
 from fxq.backends import onnx_check_placement
-from fxq.backends.onnx_lint import lint_onnx
-from fxq.rules import checks
 
 
 def weight_only() -> onnx.ModelProto:
@@ -218,19 +215,7 @@ RIGHT: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_one_mistake_is_one_finding(name: str) -> None:
-    make, wanted = BROKEN[name]
-    assert brief(lint_onnx(make())) == wanted
+class TestRoom(RoomOfChecks):
+    """Each mistake and each right graph by itself."""
 
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_nothing_is_found_on_a_right_graph(name: str) -> None:
-    findings = lint_onnx(RIGHT[name]())
-    assert not findings, str(findings)
-
-
-def test_each_rule_of_the_room_has_a_broken_graph() -> None:
-    mine = [c for c in checks("onnx") if c.run.__module__ == onnx_check_placement.__name__]
-    broken = {rule for _, wanted in BROKEN.values() for rule, _, _ in wanted}
-    assert broken == {rule for c in mine for rule in c.rules}
+    room, broken, right = onnx_check_placement, BROKEN, RIGHT

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from counting import calls_of
 from placing import Lambda, prepared
 from torch import fx, nn
 from toys import basic_net, bottleneck_net, branches, image, lenet, preactivation_net, seeded, traced
@@ -287,22 +286,6 @@ def chain(length: int) -> nn.Module:
             return y
 
     return seeded(Chain)
-
-
-def calls_of(function: Callable[[], object]) -> int:
-    """How many functions run while `function` does: what it costs, whatever the machine is busy with."""
-    calls = 0
-
-    def count(_frame: object, event: str, _arg: object) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 def visits(length: int) -> dict[str, float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import calls_of
 from placing import Lambda, before, check_pass, node
 from torch import Tensor, fx, nn
 from toys import basic_net, image, seeded, traced
@@ -356,26 +358,8 @@ def test_a_tensor_that_everyone_reads_costs_no_more() -> None:
 
     calls = {}
     for width in (500, 5_000):
-        calls[width] = counted_calls(wide(width), Pattern(Op("sigmoid", Op("relu"))))
+        calls[width] = calls_of(partial(find, wide(width), Pattern(Op("sigmoid", Op("relu")))))
     assert calls[5_000] <= 10.1 * calls[500]
-
-
-def counted_calls(g: fx.Graph, pattern: Pattern) -> int:
-    """How many functions, Python's own among them, one search calls."""
-    import sys
-
-    count = 0
-
-    def profile(_frame: object, event: str, _arg: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(profile)
-    try:
-        find(g, pattern)
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 # Passes made of patterns.

@@ -137,24 +137,20 @@ def test_annotated() -> None:
         assert breach(change(gm, "relu", edge, annotation)).message == f"the graph is not annotated: relu {message}"
 
 
-def test_observed_second_quantizer() -> None:
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ("stem_2", "is a second quantizer on one tensor (R29)"),
+        ("stem_2_quantizer", "quantizes what is quantized already"),
+    ],
+)
+def test_observed_quantizers_beyond_the_first(tensor: str, said: str) -> None:
     gm = observed()
-    editor = Editor(gm)
-    tensor = node(gm, "stem_2")
+    editor, read = Editor(gm), node(gm, tensor)
     editor.set_module("quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None))
-    with editor.after(tensor):
-        editor.call_module("quantizers.again", (tensor,), like=tensor)
-    assert "is a second quantizer on one tensor (R29)" in breach(gm).message
-
-
-def test_observed_quantizer_of_a_quantizer() -> None:
-    gm = observed()
-    editor = Editor(gm)
-    inner = node(gm, "stem_2_quantizer")
-    editor.set_module("quantizers.again", Quantizer(quantizers(gm)["stem_2"].spec, tensor="stem_2", axis=None))
-    with editor.after(inner):
-        editor.call_module("quantizers.again", (inner,), like=inner)
-    assert "quantizes what is quantized already" in breach(gm).message
+    with editor.after(read):
+        editor.call_module("quantizers.again", (read,), like=read)
+    assert said in breach(gm).message
 
 
 def test_observed_edges_read_their_quantizer() -> None:

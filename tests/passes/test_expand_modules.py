@@ -5,6 +5,7 @@ the bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,8 +41,21 @@ def same(gm: fx.GraphModule, model: nn.Module, *inputs: Tensor) -> None:
 
 SEQUENCES, IMAGES, VOLUMES, ROWS = image(2, 4, 9), image(2, 4, 6, 6), image(2, 4, 4, 4, 4), image(3, 4)
 BY_RANK = {1: SEQUENCES, 2: IMAGES, 3: VOLUMES}
-Build = Callable[[], nn.Module]
-CASES: dict[type[nn.Module], tuple[Tensor, tuple[Build, ...]]] = {
+ODD_AVERAGE = {"stride": 1, "padding": 1, "ceil_mode": True, "count_include_pad": False}
+Case = tuple[Tensor, tuple[Callable[[], nn.Module], ...]]
+
+
+def by_rank(
+    name: str, args: tuple[int, ...], *options: dict[str, Any], ranks: tuple[int, ...] = (1, 2, 3)
+) -> dict[type[nn.Module], Case]:
+    """Cases of ``<name>1d`` to ``<name>3d``, one for each of the options."""
+    kinds = {n: getattr(nn, f"{name}{n}d") for n in ranks}
+    return {
+        kind: (BY_RANK[n], tuple(partial(kind, *args, **chosen) for chosen in options)) for n, kind in kinds.items()
+    }
+
+
+CASES: dict[type[nn.Module], Case] = {
     nn.Linear: (ROWS, (lambda: nn.Linear(4, 3), lambda: nn.Linear(4, 3, bias=False))),
     nn.Embedding: (
         torch.tensor([0, 2]),
@@ -90,97 +104,35 @@ CASES: dict[type[nn.Module], tuple[Tensor, tuple[Build, ...]]] = {
     nn.UpsamplingBilinear2d: (IMAGES, (lambda: nn.UpsamplingBilinear2d((9, 8)),)),
     nn.Dropout: (ROWS, (lambda: nn.Dropout(0.3), lambda: nn.Dropout(inplace=True))),
     nn.AlphaDropout: (ROWS, (nn.AlphaDropout,)),
-    **{
-        getattr(nn, f"Conv{n}d"): (
-            BY_RANK[n],
-            tuple(
-                lambda n=n, k=k: getattr(nn, f"Conv{n}d")(4, 6, 3, **k)
-                for k in (
-                    {},
-                    {"bias": False, "groups": 2, "stride": 2, "padding": 1},
-                    {"padding": "same", "dilation": 2},
-                    *({"padding": 1, "padding_mode": m} for m in ("reflect", "replicate", "circular")),
-                    {"padding": "same", "padding_mode": "circular"},
-                )
-            ),
-        )
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"ConvTranspose{n}d"): (
-            BY_RANK[n],
-            tuple(
-                lambda n=n, k=k: getattr(nn, f"ConvTranspose{n}d")(4, 6, 3, **k)
-                for k in (
-                    {},
-                    {"bias": False, "groups": 2, "stride": 2, "padding": 1, "output_padding": 1},
-                    {"dilation": 2},
-                )
-            ),
-        )
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"BatchNorm{n}d"): (
-            BY_RANK[n],
-            tuple(
-                lambda n=n, k=k: getattr(nn, f"BatchNorm{n}d")(4, **k)
-                for k in (
-                    {},
-                    {"affine": False, "eps": 0.1},
-                    {"track_running_stats": False},
-                    {"momentum": None},
-                )
-            ),
-        )
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"MaxPool{n}d"): (
-            BY_RANK[n],
-            tuple(
-                lambda n=n, k=k: getattr(nn, f"MaxPool{n}d")(3, **k)
-                for k in (
-                    {},
-                    {"stride": 1, "padding": 1, "ceil_mode": True},
-                    {"dilation": 1, "return_indices": True},
-                )
-            ),
-        )
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"AvgPool{n}d"): (
-            BY_RANK[n],
-            tuple(
-                lambda n=n, k=k: getattr(nn, f"AvgPool{n}d")(2, **k)
-                for k in (
-                    {},
-                    {"stride": 1, "padding": 1, "ceil_mode": True, "count_include_pad": False},
-                    *([{"divisor_override": 3}] if n > 1 else []),
-                )
-            ),
-        )
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"AdaptiveAvgPool{n}d"): (
-            BY_RANK[n],
-            (lambda n=n: getattr(nn, f"AdaptiveAvgPool{n}d")(2),),
-        )
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"AdaptiveMaxPool{n}d"): (
-            BY_RANK[n],
-            (
-                lambda n=n: getattr(nn, f"AdaptiveMaxPool{n}d")(2),
-                lambda n=n: getattr(nn, f"AdaptiveMaxPool{n}d")(2, return_indices=True),
-            ),
-        )
-        for n in (1, 2, 3)
-    },
-    **{getattr(nn, f"Dropout{n}d"): (BY_RANK[n], (getattr(nn, f"Dropout{n}d"),)) for n in (1, 2, 3)},
+    **by_rank(
+        "Conv",
+        (4, 6, 3),
+        {},
+        {"bias": False, "groups": 2, "stride": 2, "padding": 1},
+        {"padding": "same", "dilation": 2},
+        *({"padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
+        {"padding": "same", "padding_mode": "circular"},
+    ),
+    **by_rank(
+        "ConvTranspose",
+        (4, 6, 3),
+        {},
+        {"bias": False, "groups": 2, "stride": 2, "padding": 1, "output_padding": 1},
+        {"dilation": 2},
+    ),
+    **by_rank("BatchNorm", (4,), {}, {"affine": False, "eps": 0.1}, {"track_running_stats": False}, {"momentum": None}),
+    **by_rank(
+        "MaxPool",
+        (3,),
+        {},
+        {"stride": 1, "padding": 1, "ceil_mode": True},
+        {"dilation": 1, "return_indices": True},
+    ),
+    **by_rank("AvgPool", (2,), {}, ODD_AVERAGE, ranks=(1,)),
+    **by_rank("AvgPool", (2,), {}, ODD_AVERAGE, {"divisor_override": 3}, ranks=(2, 3)),
+    **by_rank("AdaptiveAvgPool", (2,), {}),
+    **by_rank("AdaptiveMaxPool", (2,), {}, {"return_indices": True}),
+    **by_rank("Dropout", (), {}),
 }
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fxq.rules import Findings
+from fxq.backends.onnx_lint import lint_onnx
+from fxq.rules import Findings, checks
 
 Make = Callable[[], onnx.ModelProto]
 Wanted = tuple[str, str, str | None]
@@ -154,3 +157,35 @@ def fp8_convolution(
 def brief(findings: Findings) -> list[Wanted]:
     """Findings without their texts."""
     return [(f.rule, f.severity, f.node) for f in findings]
+
+
+class RoomOfChecks:
+    """What the tests of every room of checks hold; a subclass names the room and its graphs.
+
+    Attributes:
+        room: The module whose checks these are.
+        broken: Graphs with one mistake each, and what is found.
+        right: Graphs without a finding.
+    """
+
+    room: ClassVar[ModuleType]
+    broken: ClassVar[Mapping[str, tuple[Make, list[Wanted]]]]
+    right: ClassVar[Mapping[str, Make]]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        for name, graphs in (("mistake", self.broken), ("graph", self.right)):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, graphs)
+
+    def test_one_mistake_is_one_finding(self, mistake: str) -> None:
+        make, wanted = self.broken[mistake]
+        assert brief(lint_onnx(make())) == wanted
+
+    def test_nothing_is_found_on_a_right_graph(self, graph: str) -> None:
+        findings = lint_onnx(self.right[graph]())
+        assert not findings, str(findings)
+
+    def test_each_rule_of_the_room_has_a_broken_graph(self) -> None:
+        mine = [c for c in checks("onnx") if c.run.__module__ == self.room.__name__]
+        broken = {rule for _, wanted in self.broken.values() for rule, _, _ in wanted}
+        assert broken == {rule for c in mine for rule in c.rules}
