@@ -178,6 +178,12 @@ class Session:
         return dict(zip(names, self._run_part(nodes, names, given), strict=True))
 
     @property
+    def input_dtypes(self) -> dict[str, torch.dtype]:
+        """The type of each input that torch has too."""
+        types = {value.name: _TORCH_DTYPES.get(value.type) for value in self._session.get_inputs()}
+        return {name: dtype for name, dtype in types.items() if dtype is not None}
+
+    @property
     def value_names(self) -> tuple[str, ...]:
         """Names of all tensors that nodes compute, in graph order."""
         return tuple(name for node in self._parts().nodes for name in node.output if name)

@@ -17,6 +17,7 @@ from .graph import Annotation
 from .graph_diff import diff
 from .manager import PassManager, Pipeline
 from .methods import score_methods
+from .onnx_comparison import compare_onnx
 from .passbase import Pass, PassResult
 from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
@@ -52,6 +53,7 @@ __all__ = [
     "calibrate",
     "calibration_io",
     "compare",
+    "compare_onnx",
     "convert",
     "diff",
     "engine_report",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -70,6 +70,9 @@ class Comparison:
             rounding: over 0.1% of a tensor's integers, or any by more than one step; for a float tensor below
             60 dB. Empty if they agree, None without a file.
     """
+
+    subject: ClassVar[str] = "float against quantized"
+    series: ClassVar[str] = "quantized, in PyTorch"
 
     rows: tuple[ComparisonRow, ...]
     samples: int
@@ -161,7 +164,7 @@ class Comparison:
             f"all {len(self.rows)} tensors", html.table(list(self._headings()), self._linked(self.rows))
         )
         words = html.element("p", "Where most is lost; click a name to find it in the picture.")
-        shown = html.card("float against quantized", [*summary, words, worst, every])
+        shown = html.card(self.subject, [*summary, words, worst, every])
         if self._graph is None:
             return shown
         picture = [self.view().fragment(), html.sheet(html.SCRIPT)]
@@ -180,12 +183,12 @@ class Comparison:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        series = {"quantized, in PyTorch": [row.sqnr for row in self.rows]}
+        series = {self.series: [row.sqnr for row in self.rows]}
         if self.runtime is not None:
             found = (row.sqnr if row.runtime_sqnr is None else row.runtime_sqnr for row in self.rows)
             series["exported, in ONNX Runtime"] = list(found)
         named = {self.rows.index(row): row.node for row in self.drops(_NAMED)}
-        title = f"float against quantized, {self.samples} samples; named: where most is lost"
+        title = f"{self.subject}, {self.samples} samples; named: where most is lost"
         return curves_picture(series, named, title=title)
 
 

@@ -7,7 +7,7 @@ replaced; so a row of a comparison is one tensor of the user's model, whatever h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from .manager import PassManager, Pipeline
 from .ops import kind_name
 from .passes import PREPARE
 from .qdq import DEQUANTIZE, QUANTIZE
-from .sqnr import decibels
-from .stepping import Stepper, quantizing, require_solved
+from .sqnr import ErrorSums
+from .stepping import Ahead, Stepper, quantizing, require_solved
 from .tracer import trace_model
 from .verify import is_dequantized, is_quantizer
 
@@ -102,7 +102,7 @@ def _compare_batch(
     """Run both graphs on one batch, and add each pair of tensors to `sums`."""
     one, other = Stepper(real, lambda _: False), Stepper(quantized, lambda _: True)
     shared = {n.name for n in one.nodes if _comparable(n)} & {n.name for n in other.nodes if _comparable(n)}
-    expected = _Ahead(((n.name, v) for n, v in one.steps(one.begin(batch))), shared)
+    expected = Ahead(((n.name, v) for n, v in one.steps(one.begin(batch))), shared)
     values = other.begin(batch)
     ran = None if runtime is None else runtime.values(quantized, batch, shared)
     for node, value in other.steps(values):
@@ -111,7 +111,7 @@ def _compare_batch(
         wanted = expected.take(node.name)
         if isinstance(wanted, Tensor) and isinstance(value, Tensor) and wanted.is_floating_point():
             theirs = None if ran is None else ran.take(node.name)
-            sums.setdefault(node.name, _Sums()).add(wanted, value, theirs)
+            sums.setdefault(node.name, _Sums()).add_both(wanted, value, theirs)
 
 
 def _comparable(node: fx.Node) -> bool:
@@ -120,48 +120,19 @@ def _comparable(node: fx.Node) -> bool:
     return computes and not (is_quantizer(node) or is_dequantized(node) or node.target in (QUANTIZE, DEQUANTIZE))
 
 
-class _Ahead:
-    """Takes named values out of a stream in about its order; what was passed by is held until asked for."""
-
-    def __init__(self, values: Iterator[tuple[str, Any]], wanted: Iterable[str]) -> None:
-        self._values, self._wanted = values, set(wanted)
-        self._held: dict[str, Any] = {}
-
-    def take(self, name: str) -> Any:
-        """The value of that name; None if the stream has none."""
-        while name in self._wanted and name not in self._held:
-            found, value = next(self._values, (None, None))
-            if found is None:
-                return None
-            if found in self._wanted:
-                self._held[found] = value
-        self._wanted.discard(name)
-        return self._held.pop(name, None)
-
-
-class _Sums:
-    """What one tensor's row is computed from, summed over batches in float64."""
+class _Sums(ErrorSums):
+    """A tensor's errors, and those of ONNX Runtime's tensor in its place."""
 
     def __init__(self) -> None:
-        self.signal = self.other = self.noise = self.product = self.largest = 0.0
-        self.runtime_noise: float | None = None
+        super().__init__()
+        self.runtime: ErrorSums | None = None
 
-    def add(self, wanted: Tensor, value: Tensor, theirs: Tensor | None) -> None:
-        real, ours = wanted.double(), value.double()
-        off = real - ours
-        found = torch.stack((real.square().sum(), ours.square().sum(), off.square().sum(), (real * ours).sum()))
-        signal, other, noise, product = found.tolist()
-        self.signal, self.other = self.signal + signal, self.other + other
-        self.noise, self.product = self.noise + noise, self.product + product
-        self.largest = max(self.largest, float(off.abs().max()) if off.numel() else 0.0)
+    def add_both(self, wanted: Tensor, value: Tensor, theirs: Tensor | None) -> None:
+        """Take in one batch's tensors."""
+        self.add(wanted, value)
         if theirs is not None:
-            more = float((real.cpu() - theirs.double()).square().sum())
-            self.runtime_noise = (self.runtime_noise or 0.0) + more
-
-    @property
-    def cosine(self) -> float:
-        lengths = math.sqrt(self.signal * self.other)
-        return max(-1.0, min(1.0, self.product / lengths)) if lengths else float(self.signal == self.other)
+            self.runtime = self.runtime or ErrorSums()
+            self.runtime.add(wanted.cpu(), theirs)
 
 
 def _rows(quantized: fx.GraphModule, sums: Mapping[str, _Sums]) -> Iterator[ComparisonRow]:
@@ -169,7 +140,7 @@ def _rows(quantized: fx.GraphModule, sums: Mapping[str, _Sums]) -> Iterator[Comp
     for node in quantized.graph.nodes:
         before = min((worst[n] for n in node.all_input_nodes if n in worst), default=math.inf)
         held = sums.get(node.name)
-        sqnr = before if held is None else decibels(held.signal, held.noise)
+        sqnr = before if held is None else held.sqnr
         if sqnr < math.inf or node.all_input_nodes:
             worst[node] = sqnr
         if held is None:
@@ -184,7 +155,7 @@ def _rows(quantized: fx.GraphModule, sums: Mapping[str, _Sums]) -> Iterator[Comp
             cosine=held.cosine,
             max_error=held.largest,
             drop=before - sqnr if before < math.inf else math.nan,
-            runtime_sqnr=None if held.runtime_noise is None else decibels(held.signal, held.runtime_noise),
+            runtime_sqnr=None if held.runtime is None else held.runtime.sqnr,
         )
 
 
@@ -196,14 +167,14 @@ class _Runtime:
 
         self.session = Session(path, optimize=False)
 
-    def values(self, gm: fx.GraphModule, batch: Inputs, wanted: set[str]) -> _Ahead:
+    def values(self, gm: fx.GraphModule, batch: Inputs, wanted: set[str]) -> Ahead:
         from .backends.onnx_compare import value_names
         from .backends.onnx_inputs import placeholder_values
 
         given = [t for t in pytree.tree_leaves(placeholder_values(gm, *batch)) if isinstance(t, Tensor)]
         names = {onnx: ours for ours, onnx in value_names(self.session).items()}
         found = self.session.run_all(given)
-        return _Ahead(((names.get(name, name), value) for name, value in found), wanted & set(names.values()))
+        return Ahead(((names.get(name, name), value) for name, value in found), wanted & set(names.values()))
 
 
 def _parted(path: Path, quantized: fx.GraphModule, batch: Inputs) -> tuple[NodeDifference, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from .quantizer import Mode, quantizers
 from .shapes import thawed
 from .verify import quantizer_of
 
-__all__ = ["Stepper", "Values", "quantizing", "require_solved"]
+__all__ = ["Ahead", "Stepper", "Values", "quantizing", "require_solved"]
 
 Values = dict[fx.Node, Any]
 """What nodes gave."""
@@ -121,3 +121,22 @@ class Stepper:
         elif node.op == "call_method":
             call = getattr(torch.Tensor, str(node.target))
         return call(*thawed(args), **thawed(kwargs))
+
+
+class Ahead:
+    """Takes named values out of a stream in about its order; what was passed by is held until asked for."""
+
+    def __init__(self, values: Iterator[tuple[str, Any]], wanted: Iterable[str]) -> None:
+        self._values, self._wanted = values, set(wanted)
+        self._held: dict[str, Any] = {}
+
+    def take(self, name: str) -> Any:
+        """The value of that name; None if the stream has none."""
+        while name in self._wanted and name not in self._held:
+            found, value = next(self._values, (None, None))
+            if found is None:
+                return None
+            if found in self._wanted:
+                self._held[found] = value
+        self._wanted.discard(name)
+        return self._held.pop(name, None)

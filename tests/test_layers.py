@@ -107,7 +107,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "steps",
         "viewer",
     ),
-    ("methods", "testing"),
+    ("methods", "onnx_comparison", "testing"),
     ("__init__", "demo"),
     ("image_folder", "terminal"),
     ("entry_points",),
