@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..errors import FxqError
-from ..rules import RULES, Findings, run_checks
+from ..rules import RULES, Findings, rank, run_checks
 from . import onnx_check_kernels, onnx_check_numbers, onnx_check_placement
 from .onnx_graph import OnnxGraph
 
@@ -44,4 +44,4 @@ def lint_onnx(
     graph = OnnxGraph(model)
     order = {node.name: node.index for node in graph.nodes}
     found = run_checks("onnx", graph, rules=rules)
-    return Findings(tuple(sorted(found, key=lambda f: (order.get(f.node or "", -1), int(f.rule[1:])))))
+    return Findings(tuple(sorted(found, key=lambda f: (order.get(f.node or "", -1), rank(f.rule)))))

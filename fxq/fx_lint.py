@@ -123,7 +123,7 @@ def known_scales(graph: QuantizedGraph) -> Iterator[Finding]:
 def both_inputs(graph: QuantizedGraph) -> Iterator[Finding]:
     """Weighted operations with one quantized input, or with two in different types."""
     for node in graph.nodes:
-        if kind_name(node) not in graph.target.ops or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+        if kind_name(node) not in graph.target.weighted or not all(isinstance(a, fx.Node) for a in node.args[:2]):
             continue
         first, second = (graph.read(a) for a in node.args[:2])
         types = {one.dtype for one in (*first, *second) if one is not None}

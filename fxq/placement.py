@@ -132,7 +132,7 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
     residuals = {note.node for note in held.notes if note.rule == "R23"}
     for node in gm.graph.nodes:
         kind, hidden = kind_name(node), hidden_products(gm, node)
-        weighted = hidden or int(kind in held.target.ops)
+        weighted = hidden or int(kind in held.target.weighted)
         edges = tuple(edge_rows(gm, node))
         if not (weighted or node.name in residuals or any(e.quantized for e in edges)):
             continue
@@ -148,7 +148,7 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
             weighted=weighted,
             precision="/".join(dict.fromkeys(e.spec.split()[0] for e in read)) if whole else "float",
             residual=bool(skips) or node.name in residuals,
-            identity=bool(skips) and _is_ancestor(read_tensor(node.args[skips[0]]), node.args[1 - skips[0]]),
+            identity=any(_is_ancestor(read_tensor(node.args[skip]), node.args[1 - skip]) for skip in skips),
             edges=edges,
         )
 

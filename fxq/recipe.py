@@ -90,8 +90,8 @@ class Rule:
             module too (``"*"`` for the whole model); ``"re:layer[12]"``, a regular expression over the whole of
             such a path; ``"op:add"``, a glob over op kinds; a module type (``nn.Linear``), which holds for what is
             inside such a module too; a predicate over FX nodes.
-        spec: One of: a :class:`QSpec`, for the inputs and weights that the target quantizes (what it leaves
-            open comes from the target); None, which leaves inputs, weights and output float;
+        spec: One of: a :class:`QSpec`, for the inputs, weights and outputs that the target quantizes (what it
+            leaves open comes from the target); None, which leaves inputs, weights and output float;
             :class:`EdgeSpecs`, which speaks of the edges it names whether the target quantizes them or not.
         reason: Why, for reports.
 
@@ -128,10 +128,10 @@ class Rule:
 
     @property
     def edges(self) -> EdgeSpecs:
-        """The rule's spec spelled out per edge; a bare spec does not speak of outputs, None speaks of all."""
+        """The rule's spec spelled out per edge; a bare one holds for those that the target quantizes, None for all."""
         if isinstance(self.spec, EdgeSpecs):
             return self.spec
-        return EdgeSpecs(input=self.spec, weight=self.spec, output=KEEP if self.spec else None)
+        return EdgeSpecs(input=self.spec, weight=self.spec, output=self.spec)
 
     @property
     def text(self) -> str:

@@ -1,7 +1,8 @@
 """The rule table, what a check finds, and where checks register.
 
-TensorRT's rules for explicit quantization are data (``rules.yaml``): :data:`RULES` holds them by id. A check
-is a generator function over one kind of graph that yields a :class:`Finding` wherever a rule is broken::
+The rules of each backend are data (``rules.yaml`` TensorRT's, ``rules_onnxruntime.yaml`` ONNX Runtime's):
+:data:`RULES` holds them by id. A check is a generator function over one kind of graph that yields a
+:class:`Finding` wherever a rule is broken::
 
     @check("onnx", "R14")
     def integer_operators(graph: OnnxGraph) -> Iterator[Finding]: ...
@@ -25,6 +26,7 @@ from . import html
 from .errors import FxqError
 
 __all__ = [
+    "FILES",
     "RULES",
     "SEVERITIES",
     "Check",
@@ -35,6 +37,7 @@ __all__ = [
     "Severity",
     "check",
     "checks",
+    "rank",
     "rules_as_markdown",
     "run_checks",
 ]
@@ -55,15 +58,16 @@ WIDTH: Final = 110
 
 @dataclass(frozen=True)
 class RuleInfo:
-    """One of TensorRT's rules for explicit quantization.
+    """One of a backend's rules for explicit quantization.
 
     Attributes:
-        id: ``R23``.
+        id: ``R23`` for TensorRT, ``ORT4`` for ONNX Runtime.
         title: What the rule says.
         why: What happens to a network that breaks it.
         fix: What to do.
         trt: The TensorRT versions it is known to hold for; None for all with explicit quantization.
         check: What a check of a graph looks at; None if a graph cannot show the rule.
+        source: Where the rule stands, such as the part of the backend that makes it so; None where it is not given.
     """
 
     id: str
@@ -72,15 +76,36 @@ class RuleInfo:
     fix: str
     trt: str | None = None
     check: str | None = None
+    source: str | None = None
+
+    @property
+    def family(self) -> str:
+        """The letters of its id, which say whose rule it is: ``R`` for TensorRT, ``ORT`` for ONNX Runtime."""
+        return self.id.rstrip("0123456789")
+
+    @property
+    def number(self) -> int:
+        """The number of its id."""
+        return int(self.id.removeprefix(self.family))
 
 
-def _load() -> dict[str, RuleInfo]:
-    data = yaml.safe_load((resources.files("fxq") / "rules.yaml").read_text(encoding="utf-8"))
+FILES: Final[Mapping[str, str]] = {"R": "rules.yaml", "ORT": "rules_onnxruntime.yaml"}
+"""Family to the file that holds its rules."""
+
+
+def _load(file: str) -> dict[str, RuleInfo]:
+    data = yaml.safe_load((resources.files("fxq") / file).read_text(encoding="utf-8"))
     return {name: RuleInfo(name, **row) for name, row in data.items()}
 
 
-RULES: Final[Mapping[str, RuleInfo]] = _load()
-"""The rules by id, in the order of their numbers."""
+RULES: Final[Mapping[str, RuleInfo]] = {name: rule for file in FILES.values() for name, rule in _load(file).items()}
+"""The rules by id, family by family in the order of their numbers."""
+
+
+def rank(rule: str) -> tuple[int, int]:
+    """Where a rule stands among all, by its id: families in the order of :data:`FILES`, then by number."""
+    found = RULES[rule]
+    return list(FILES).index(found.family), found.number
 
 
 @dataclass(frozen=True)
@@ -203,7 +228,7 @@ class Findings(Sequence[Finding]):
         groups: dict[tuple[Severity, str], list[Finding]] = {}
         for finding in self.items:
             groups.setdefault((finding.severity, finding.rule), []).append(finding)
-        return sorted(groups.items(), key=lambda row: (SEVERITIES.index(row[0][0]), int(row[0][1][1:])))
+        return sorted(groups.items(), key=lambda row: (SEVERITIES.index(row[0][0]), rank(row[0][1])))
 
 
 def _section(severity: Severity, rule: str, found: Sequence[Finding]) -> str:
@@ -330,18 +355,30 @@ def rules_as_markdown() -> str:
 # TensorRT's rules for explicit quantization
 
 The rules that fxq places quantizers by, cites in its reports and looks for in ONNX files; in its own graphs
-`fxq.lint` looks for R9, R10, R11, R20, R23, R27 and R29. Printed by `python -m fxq.rules` from
-`fxq/rules.yaml`: change them there.
+`fxq.lint` looks for R9, R10, R11, R20, R23, R27 and R29. Behind them stand those of ONNX Runtime. Printed by
+`python -m fxq.rules` from `fxq/rules.yaml` and `fxq/rules_onnxruntime.yaml`: change them there.
 
 A finding is an **error** where TensorRT refuses the network, cannot run the layer as it is meant or computes
 something else, a **warning** where the network builds and loses speed or accuracy, and **advice** where it
 is a kernel heuristic or costs little.
 """
-    return head + "".join(_rule_as_markdown(rule) for rule in RULES.values())
+    runtime = """
+# ONNX Runtime's rules for 8-bit graphs on a CPU
+
+The rules of the target `onnxruntime`: which patterns of Q/DQ its optimizer makes into kernels on integers.
+"""
+    own, other = ("".join(_rule_as_markdown(r) for r in RULES.values() if r.family == family) for family in FILES)
+    return head + own + runtime + other
 
 
 def _rule_as_markdown(rule: RuleInfo) -> str:
-    rows = [("Why", rule.why), ("Fix", rule.fix), ("TensorRT", rule.trt), ("Checked", rule.check)]
+    rows = [
+        ("Why", rule.why),
+        ("Fix", rule.fix),
+        ("TensorRT", rule.trt),
+        ("Checked", rule.check),
+        ("From", rule.source),
+    ]
     items = [textwrap.fill(f"- *{label}*: {text}", WIDTH, subsequent_indent="  ") for label, text in rows if text]
     return f"\n## {rule.id}: {rule.title}\n\n" + "\n".join(items) + "\n"
 

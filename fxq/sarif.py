@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from .rules import RULES, Finding
+from .rules import RULES, Finding, rank
 
 __all__ = ["findings_as_sarif"]
 
@@ -26,7 +26,7 @@ def findings_as_sarif(findings: Iterable[Finding], file: str | Path | None = Non
         the user's source line, where it is known, a related one.
     """
     found = list(findings)
-    ids = sorted({finding.rule for finding in found}, key=lambda rule: int(rule[1:]))
+    ids = sorted({finding.rule for finding in found}, key=rank)
     driver = {"name": "fxq", "rules": [_rule(rule) for rule in ids]}
     results = [_result(finding, ids.index(finding.rule), file) for finding in found]
     return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}

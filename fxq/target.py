@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,10 +19,22 @@ from .errors import RecipeError, TargetError
 from .specs import DTYPES, QSpec, spec_from
 from .target_files import extended, read_target
 
-__all__ = ["ACTIONS", "POLICIES", "Biases", "Concat", "Heuristic", "OpPlacement", "Refusal", "Residual", "Target"]
+__all__ = [
+    "ACTIONS",
+    "JOINING",
+    "POLICIES",
+    "Biases",
+    "Concat",
+    "Heuristic",
+    "OpPlacement",
+    "Refusal",
+    "Residual",
+    "Target",
+]
 
 POLICIES: Final = ("skip", "none")
 ACTIONS: Final = ("advise", "exclude", "ignore")
+JOINING: Final = ("all", "any")
 
 
 @dataclass(frozen=True)
@@ -34,11 +47,13 @@ class OpPlacement:
         weight_axis: Per-channel axis of the weight in PyTorch's layout; None means per-tensor.
         grouped_per_tensor: Whether a grouped weight is quantized per tensor.
         output: Whether the op's own result is quantized.
+        joins: Of an op that is quantized only among others that are: whether ``all`` or ``any`` of its inputs have
+            to be quantized anyway. None (default) for a weighted op, which is quantized for its own sake.
         rule: Rule id to cite.
         reason: One sentence to give.
 
     Raises:
-        TargetError: An argument is no index.
+        TargetError: An argument is no index, there is no such way to join, or an op with a weight joins.
     """
 
     inputs: tuple[int, ...] = ()
@@ -46,6 +61,7 @@ class OpPlacement:
     weight_axis: int | None = None
     grouped_per_tensor: bool = False
     output: bool = False
+    joins: str | None = None
     rule: str = "R20"
     reason: str = ""
 
@@ -55,6 +71,14 @@ class OpPlacement:
                 raise TargetError(
                     f"an operation's edge is {index!r}", hint="count arguments from 0: inputs: [0], weight: 1"
                 )
+        if self.joins is None:
+            return
+        _one_of(f"joins of a placement ({self.rule})", self.joins, JOINING)
+        if self.weight is not None:
+            raise TargetError(
+                f"a placement ({self.rule}) has a weight, and joins",
+                hint="an op with a weight is quantized for its own sake: leave joins out",
+            )
 
     @property
     def arguments(self) -> tuple[int, ...]:
@@ -194,6 +218,8 @@ class Target:
         residual: How residual additions are treated.
         concat: Which concatenations are quantized for the sake of what lies behind their readers.
         ties: Op kinds whose inputs and output share one scale (R19, R27).
+        absorbs: Op kinds that the quantized op before them computes on its way out, so that the output's quantizer
+            belongs behind them (ORT3).
         heuristics: Shape rules.
         refuses: Specs that a recipe may not ask for.
         bias: Which biases are stored as integers; None leaves all of them float (R17).
@@ -210,6 +236,7 @@ class Target:
     residual: Residual = field(default_factory=Residual)
     concat: Concat = field(default_factory=Concat)
     ties: frozenset[str] = frozenset()
+    absorbs: frozenset[str] = frozenset()
     heuristics: tuple[Heuristic, ...] = ()
     refuses: tuple[Refusal, ...] = ()
     bias: Biases | None = None
@@ -227,8 +254,13 @@ class Target:
     def kinds(self) -> frozenset[str]:
         """Every op kind that its data names."""
         bias = [self.bias.kinds] if self.bias is not None else []
-        named = [self.residual.weighted, self.concat.kinds, self.concat.through, self.ties, *bias]
+        named = [self.residual.weighted, self.concat.kinds, self.concat.through, self.ties, self.absorbs, *bias]
         return frozenset(self.ops).union(*named, *(h.kinds for h in self.heuristics))
+
+    @cached_property
+    def weighted(self) -> frozenset[str]:
+        """The op kinds that are quantized for their own sake: convolutions and matrix products."""
+        return frozenset(kind for kind, placement in self.ops.items() if placement.joins is None)
 
     def at(self, version: str | None = None, compute_capability: str | None = None) -> Target:
         """This target with the heuristics that hold for one version and one GPU.
@@ -291,6 +323,7 @@ class Target:
                 residual=_residual(data.get("residual", {}), where),
                 concat=_concat(data.get("concat", {}), where),
                 ties=frozenset(_kinds(data.get("ties", []), where)),
+                absorbs=frozenset(_kinds(data.get("absorbs", []), where)),
                 heuristics=tuple(_heuristic(row, where) for row in data.get("heuristics", ())),
                 refuses=tuple(_refusal(row, where) for row in data.get("refuses", ())),
                 bias=_biases(data["bias"], where) if data.get("bias") is not None else None,

@@ -18,6 +18,7 @@ from .fuse_batch_norm import FuseBatchNorm
 from .insert_quantizers import InsertQuantizers
 from .keep_dropout import KeepDropout
 from .pipelines import CONVERT, PREPARE, PREPARE_QAT
+from .propagate_quantization import PropagateQuantization
 from .quantize_biases import QuantizeBiases
 from .quantize_concat import QuantizeConcat
 from .residual_add import ResidualAdd
@@ -44,6 +45,7 @@ __all__ = [
     "FuseBatchNorm",
     "InsertQuantizers",
     "KeepDropout",
+    "PropagateQuantization",
     "QuantizeBiases",
     "QuantizeConcat",
     "ResidualAdd",

@@ -63,6 +63,10 @@ class Annotate(Pass):
     def _annotate(editor: Editor, node: fx.Node, target: Target, rules: Sequence[tuple[int, Rule]]) -> set[int]:
         """Annotate one node; gives the indices of the rules that had a say."""
         placement = target.ops.get(kind_name(node))
+        sums = target.residual.policy != "none" and kind_name(node) in SUMS
+        later = sums or kind_name(node) in target.concat.kinds
+        if placement is not None and placement.joins is not None:
+            placement, later = None, True
         said = any(note.node == node.name and note.kind == "opaque" for note in state(editor.gm).notes)
         if placement is None and products(node) and not said:
             text = f"{kind_name(node)} stays float: write it as torch.matmul or F.linear to quantize it"
@@ -70,11 +74,9 @@ class Annotate(Pass):
         if placement is not None and _computed_weight(node, placement):
             editor.note(node, "R35", "its weight is computed in the graph, so it stays float")
             placement = None
-        sums = target.residual.policy != "none" and kind_name(node) in SUMS
-        later = sums or kind_name(node) in target.concat.kinds
         effective = {i for i, r in rules if later and not r.explicit}
         for edge in _edges_of(node, placement):
-            chosen, used = _decide(edge, target, placement, rules, sums=sums)
+            chosen, used = _decide(edge, target, placement, rules, later=later)
             effective.update(used)
             if chosen is None:
                 continue
@@ -254,16 +256,19 @@ def _decide(
     placement: OpPlacement | None,
     rules: Sequence[tuple[int, Rule]],
     *,
-    sums: bool,
+    later: bool,
 ) -> tuple[Annotation | None, set[int]]:
-    """What holds for one edge (None: nothing was said), and the rules that had a say."""
+    """What holds for one edge (None: nothing was said), and the rules that had a say.
+
+    `later` says that another pass decides on the operation's inputs, unless a recipe leaves them float.
+    """
     base = target.weight if edge.role == "weight" else target.activation
     chosen = Annotation(base, placement.rule, placement.reason) if placement is not None and edge.placed else None
     used: set[int] = set()
     for index, rule in rules:
         wish = getattr(rule.edges, edge.role)
         bare = isinstance(wish, QSpec) and not rule.explicit and not edge.placed
-        idle = wish is None and chosen is None and not (sums and edge.role == "input")
+        idle = wish is None and chosen is None and not (later and edge.role == "input")
         if wish == KEEP or bare or idle:
             continue
         reason = rule.reason or f"recipe rule {index}, {rule.text}"

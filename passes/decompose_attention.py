@@ -45,7 +45,7 @@ class DecomposeAttention(Pass):
 
     def call(self, editor: Editor) -> None:
         for node in list(editor.graph.nodes):
-            if kind_name(node) == "scaled_dot_product_attention" and "matmul" in state(editor.gm).target.ops:
+            if kind_name(node) == "scaled_dot_product_attention" and "matmul" in state(editor.gm).target.weighted:
                 self._decompose(editor, node)
 
     @staticmethod

@@ -21,6 +21,7 @@ from .functionalize import Functionalize
 from .fuse_batch_norm import FuseBatchNorm
 from .insert_quantizers import InsertQuantizers
 from .keep_dropout import KeepDropout
+from .propagate_quantization import PropagateQuantization
 from .quantize_biases import QuantizeBiases
 from .quantize_concat import QuantizeConcat
 from .residual_add import ResidualAdd
@@ -45,6 +46,7 @@ PREPARE: Final = Pipeline(
         Advise(),
         ResidualAdd(),
         QuantizeConcat(),
+        PropagateQuantization(),
         TieScales(),
         InsertQuantizers(),
     ),

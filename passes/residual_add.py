@@ -239,7 +239,7 @@ def longest_ways(
         if len(sides) == 2:
             return sides[0], sides[1]
         for side, (weighted, steps) in sides.items():
-            more = kind_name(node) in target.ops
+            more = kind_name(node) in target.weighted
             for source in node.all_input_nodes:
                 reach(source, side, (weighted + more, steps + 1))
     return None

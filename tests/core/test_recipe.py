@@ -138,7 +138,7 @@ def test_wrong_methods_and_axes() -> None:
 
 def test_edges_of_a_rule() -> None:
     spec = QSpec(method="max")
-    assert Rule("a", spec).edges == EdgeSpecs(input=spec, weight=spec, output="keep")
+    assert Rule("a", spec).edges == EdgeSpecs(input=spec, weight=spec, output=spec)
     assert Rule("a", None).edges == EdgeSpecs(input=None, weight=None, output=None)
     named = EdgeSpecs(output=spec)
     assert Rule("a", named).edges is named

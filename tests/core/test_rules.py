@@ -14,10 +14,21 @@ import yaml
 
 from fxq import rules
 from fxq.errors import FxqError
-from fxq.rules import RULES, SEVERITIES, Finding, Findings, check, checks, rules_as_markdown, run_checks
+from fxq.rules import (
+    FILES,
+    RULES,
+    SEVERITIES,
+    Finding,
+    Findings,
+    check,
+    checks,
+    rank,
+    rules_as_markdown,
+    run_checks,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-CITED = re.compile(r"\bR\d+\b")
+CITED = re.compile(r"\b(?:R|ORT)\d+\b")
 
 
 def finding(rule: str = "R23", severity: str = "warning", node: str | None = "add", **more: str) -> Finding:
@@ -34,8 +45,11 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> list[rules.Check]:
 
 class TestTable:
     def test_ids_are_in_the_order_of_their_numbers(self) -> None:
-        numbers = [int(name[1:]) for name in RULES]
-        assert numbers == sorted(set(numbers))
+        assert list(RULES) == sorted(RULES, key=rank)
+        for family in FILES:
+            numbers = [rule.number for rule in RULES.values() if rule.family == family]
+            assert numbers == sorted(set(numbers))
+        assert {rule.family for rule in RULES.values()} == set(FILES)
         assert all(rule.id == name for name, rule in RULES.items())
 
     def test_every_rule_is_said_in_full(self) -> None:
@@ -53,7 +67,7 @@ class TestTable:
             *ROOT.glob("backends/*.yaml"),
         ]
         cited = {rule: file.name for file in rooms for rule in CITED.findall(strip_examples(file.read_text("utf-8")))}
-        assert {"R20", "R23", "R27"} <= set(cited)
+        assert {"R20", "R23", "R27", "ORT1", "ORT4"} <= set(cited)
         assert {rule: file for rule, file in cited.items() if rule not in RULES} == {}
 
     def test_the_page_in_docs_is_current(self) -> None:
@@ -67,7 +81,7 @@ class TestTable:
         text = " ".join(rules_as_markdown().split())
         for rule in RULES.values():
             assert f"## {rule.id}: {rule.title}" in text
-            assert all(part in text for part in (rule.why, rule.fix, rule.trt, rule.check) if part)
+            assert all(part in text for part in (rule.why, rule.fix, rule.trt, rule.check, rule.source) if part)
 
     def test_the_module_prints_the_page(self) -> None:
         command = [sys.executable, "-m", "fxq.rules"]
@@ -75,10 +89,13 @@ class TestTable:
         assert done.stdout == rules_as_markdown()
 
     def test_the_table_is_plain_data(self) -> None:
-        data = yaml.safe_load((ROOT / "fxq" / "rules.yaml").read_text(encoding="utf-8"))
-        assert {name: set(row) - {"title", "why", "fix", "trt", "check"} for name, row in data.items()} == {
-            name: set() for name in RULES
-        }
+        data = {}
+        for family, file in FILES.items():
+            own = yaml.safe_load((ROOT / "fxq" / file).read_text(encoding="utf-8"))
+            assert {RULES[name].family for name in own} == {family}
+            data |= own
+        known = {"title", "why", "fix", "trt", "check", "source"}
+        assert {name: set(row) - known for name, row in data.items()} == {name: set() for name in RULES}
 
 
 def strip_examples(text: str) -> str:

@@ -1,0 +1,201 @@
+"""Quantization between quantized operations, as a target's data ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from placing import Lambda, before, check_pass, decided, notes, prepared, reads
+from torch import Tensor, nn
+from toys import basic_net, image, seeded
+
+import fxq
+from fxq.errors import TargetError
+from fxq.graph import edge_annotations
+from fxq.ops import kind_name
+from fxq.passes import PropagateQuantization
+from fxq.quantizer import quantizers
+from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
+from fxq.target import OpPlacement, Target
+
+X = (2, 8, 8, 8)
+ORT = Target.load("onnxruntime")
+
+
+def model(forward: Callable[..., Any], **parts: nn.Module) -> nn.Module:
+    parts = {"a": nn.Conv2d(8, 8, 3, padding=1), "b": nn.Conv2d(8, 8, 3, padding=1), **parts}
+    return seeded(lambda: Lambda(forward, **parts))
+
+
+def quantized(forward: Callable[..., Any], recipe: Recipe | None = None, **parts: nn.Module) -> list[str]:
+    """The activations that have a quantizer."""
+    gm = prepared(model(forward, **parts), image(*X), recipe=recipe, target=ORT)
+    return [name for name, quantizer in quantizers(gm).items() if not quantizer.weight]
+
+
+def test_golden_and_second_run() -> None:
+    gm = before("propagate-quantization", basic_net(), image(2, 3, 16, 16), target=ORT)
+    result = check_pass(PropagateQuantization(), gm, "passes/propagate_quantization_basic")
+    assert result.notes == ()
+
+
+def test_a_target_without_such_data_is_left_alone() -> None:
+    gm = before("propagate-quantization", basic_net(), image(2, 3, 16, 16))
+    assert not PropagateQuantization()(gm).modified
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "clamp": lambda x: x.clamp(0, 4),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_quantizer_stands_behind_the_activation(name: str) -> None:
+    assert quantized(lambda m, x: ACTIVATIONS[name](m.a(x))) == ["x", name]
+
+
+def test_the_quantizer_stays_before_what_is_not_absorbed_or_not_alone() -> None:
+    assert quantized(lambda m, x: F.gelu(m.a(x))) == ["x", "a"]
+    assert quantized(lambda m, x: torch.relu(m.a(x)) * m.a(x).sigmoid()) == ["x", "relu", "a_1"]
+
+    def shared(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return torch.relu(y) * y.sigmoid()
+
+    assert quantized(shared) == ["x", "a"]
+
+
+def test_the_reason_of_both_edges() -> None:
+    gm = prepared(model(lambda m, x: torch.relu(m.a(x))), image(*X), target=ORT)
+    assert decided(gm, "a")["output"] == "float ORT1"
+    assert decided(gm, "relu") == {"output": "uint8 asymmetric per-tensor mse ORT1"}
+    (conv,) = [n for n in gm.graph.nodes if n.name == "a"]
+    assert edge_annotations(conv)["output"].reason == (
+        "relu is computed in the kernel, so the quantizer of the result stands behind it"
+    )
+
+
+JOINED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "add": lambda m, x: m.a(x) + m.b(x),
+    "max_pool2d": lambda m, x: F.max_pool2d(m.a(x), 2),
+    "avg_pool2d": lambda m, x: F.avg_pool2d(m.a(x), 2),
+    "adaptive_avg_pool2d": lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1),
+    "cat": lambda m, x: torch.cat([m.a(x), m.b(x)], 1),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_reads_quantized_tensors_alone_is_quantized(name: str) -> None:
+    assert quantized(JOINED[name])[-1] == name
+
+
+def test_chains_are_followed_in_the_graphs_order() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = torch.relu(m.a(x) + F.max_pool2d(m.b(x), 3, 1, 1))
+        return F.adaptive_avg_pool2d(torch.cat([y, m.a(y)], 1), 1)
+
+    assert quantized(forward) == ["x", "a", "b", "max_pool2d", "relu", "a_1", "cat", "adaptive_avg_pool2d"]
+
+
+def test_data_movement_is_looked_through() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        left, right = m.a(x).chunk(2, 1)
+        return torch.cat([left, m.d(right)], 1)
+
+    assert quantized(forward, d=nn.Conv2d(4, 4, 1)) == ["x", "a", "getitem", "getitem_1", "d", "cat"]
+
+
+def test_declined_with_some_inputs_float() -> None:
+    gm = prepared(model(lambda m, x: m.a(x) + x.sigmoid()), image(*X), target=ORT)
+    (note,) = notes(gm)
+    assert (note.node, note.rule, note.text) == ("add", "ORT4", "this add stays float: sigmoid is not quantized")
+    assert decided(gm, "add") == {}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.a(x) + 1.0,
+        lambda m, x: m.a(x) + m.offset,
+        lambda _, x: x.sigmoid() + x.tanh(),
+        lambda _, x: torch.cat([x.sigmoid(), x.tanh()], 1),
+    ],
+)
+def test_declined_in_silence(forward: Callable[..., Any]) -> None:
+    gm = prepared(model(forward, offset=torch.ones(1, 8, 1, 1)), image(*X), target=ORT)  # type: ignore[arg-type]
+    assert notes(gm) == []
+    assert all(decided(gm, n.name) == {} for n in gm.graph.nodes if kind_name(n) in ("add", "cat"))
+
+
+# Recipes.
+
+
+def test_what_a_recipe_leaves_float_stays_so() -> None:
+    add = JOINED["add"]
+    assert quantized(add, Recipe([Rule("op:add", None)])) == ["x", "a", "b"]
+    assert quantized(add, Recipe([Rule("b", None)])) == ["x", "a"]
+    assert quantized(lambda m, x: torch.relu(m.a(x)), Recipe([Rule("a", None)])) == []
+
+
+def test_a_recipe_says_how_and_the_quantizer_moves_all_the_same() -> None:
+    recipe = Recipe([Rule("op:add", QSpec(method="entropy")), Rule("a", QSpec(method="max"))])
+    gm = prepared(model(lambda m, x: torch.relu(m.a(x)) + m.b(x)), image(*X), recipe=recipe, target=ORT)
+    assert decided(gm, "relu")["output"] == "uint8 asymmetric per-tensor max recipe"
+    assert decided(gm, "add") == {
+        0: "uint8 asymmetric per-tensor max ORT4",
+        1: "uint8 asymmetric per-tensor entropy ORT4",
+        "output": "uint8 asymmetric per-tensor entropy ORT4",
+    }
+
+
+def test_a_quantizer_that_a_recipe_asks_for_just_there_stays() -> None:
+    recipe = Recipe([Rule("a", EdgeSpecs(output=QSpec(method="max")))])
+    assert quantized(lambda m, x: torch.relu(m.a(x)), recipe) == ["x", "a"]
+
+
+# Targets are data.
+
+
+def test_a_users_file_says_what_joins_and_what_is_absorbed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("""
+name: mine
+extends: onnxruntime
+absorbs: [gelu]
+ops:
+  - {kinds: [mul], inputs: [0, 1], output: true, joins: any, rule: ORT4, reason: this backend multiplies integers}
+  - {kinds: [max_pool2d], rule: ORT5, joins: all, reason: this backend pools in floating point}
+""")
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return F.max_pool2d(torch.relu(m.a(x)) * F.gelu(m.b(x)), 2)
+
+    gm = prepared(model(forward), image(*X), target=str(path))
+    assert [name for name, q in quantizers(gm).items() if not q.weight] == ["x", "a", "relu", "gelu", "mul"]
+    assert decided(gm, "mul")["output"] == "uint8 asymmetric per-tensor mse ORT4"
+    assert reads(gm, "mul") == ["relu_quantizer", "gelu_quantizer"]
+
+
+def test_placements_that_cannot_be() -> None:
+    with pytest.raises(TargetError, match=r"joins of a placement \(ORT4\) is 'some'[\s\S]*all, any"):
+        OpPlacement(inputs=(0,), joins="some", rule="ORT4")
+    with pytest.raises(TargetError, match="has a weight, and joins"):
+        OpPlacement(inputs=(0,), weight=1, joins="all")
+    with pytest.raises(TargetError, match="no op kinds"):
+        prepared(nn.ReLU(), image(*X), target=replace(ORT, absorbs=frozenset(("rellu",))))
+
+
+def test_weighted_kinds_are_those_that_do_not_join() -> None:
+    assert ORT.weighted == {"conv1d", "conv2d", "conv3d", "linear"}
+    assert Target.load("tensorrt").weighted == set(Target.load("tensorrt").ops)
+    report = fxq.report(prepared(basic_net(), image(2, 3, 16, 16), target=ORT))
+    assert {row.kind for row in report.weighted} == {"conv2d", "linear"}
+    assert report.totals.weighted == report.totals.weighted_quantized
