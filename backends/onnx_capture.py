@@ -34,8 +34,22 @@ _POOLS: Final[Mapping[Any, int]] = {
     F.adaptive_avg_pool1d: 1,
     F.adaptive_avg_pool2d: 2,
     F.adaptive_avg_pool3d: 3,
+    torch.nn.AdaptiveAvgPool1d: 1,
+    torch.nn.AdaptiveAvgPool2d: 2,
+    torch.nn.AdaptiveAvgPool3d: 3,
 }
 """Spatial dimensions of the adaptive average pools."""
+
+
+def _pooled(x: torch.Tensor, spatial: int) -> torch.Tensor:
+    return x.mean(tuple(range(-spatial, 0)), keepdim=True)
+
+
+torch.library.define("fxq::global_average_pool", "(Tensor x, int spatial) -> Tensor")
+torch.library.impl("fxq::global_average_pool", "CompositeExplicitAutograd", _pooled)
+torch.library.impl("fxq::global_average_pool", "Meta", _pooled)
+GLOBAL_AVERAGE_POOL: Final = torch.ops.fxq.global_average_pool.default
+"""The mean over the last `spatial` dimensions: one node in torch.export, and one in ONNX."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ def _flat_copy(gm: fx.GraphModule, until: fx.Node | None = None) -> fx.GraphModu
             break
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].kwargs = {k: _on_cpu(v) for k, v in copies[node].kwargs.items()}
-        _spell_global_pool(copies[node])
+        _spell_global_pool(copies[node], gm)
         carry_name(copies[node], node.name)
         if node is until:
             break
@@ -80,17 +94,23 @@ def _flat_copy(gm: fx.GraphModule, until: fx.Node | None = None) -> fx.GraphModu
     return fx.GraphModule(root, graph).eval()
 
 
-def _spell_global_pool(node: fx.Node) -> None:
-    """Spell an adaptive average pool to size 1 as the mean that it is.
+def _spell_global_pool(node: fx.Node, gm: fx.GraphModule) -> None:
+    """Spell an adaptive average pool to size 1 as the global pool that it is.
 
-    PyTorch's own decomposition restores channels-last strides with as_strided, which becomes Range and Gather
-    in ONNX wherever the input was permuted.
+    Runtimes have a kernel for global pooling, in integers too. PyTorch's own decomposition gives a mean, and restores
+    channels-last strides with as_strided, which becomes Range and Gather in ONNX wherever the input was permuted.
     """
-    spatial = _POOLS.get(node.target) if node.op == "call_function" else None
-    size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+    if node.op == "call_function":
+        spatial = _POOLS.get(node.target)
+        size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+    elif node.op == "call_module":
+        module = attribute(gm, str(node.target))
+        spatial, size = _POOLS.get(type(module)), getattr(module, "output_size", None)
+    else:
+        return
     if spatial is not None and size in (1, (1,) * spatial, [1] * spatial):
-        node.target, node.args = torch.mean, node.args[:1]
-        node.kwargs = {"dim": tuple(range(-spatial, 0)), "keepdim": True}
+        source = node.args[0] if node.args else node.kwargs["input"]
+        node.op, node.target, node.args, node.kwargs = "call_function", GLOBAL_AVERAGE_POOL, (source, spatial), {}
 
 
 def _moved(gm: fx.GraphModule, node: fx.Node, moved: dict[int, Any]) -> Any:
@@ -137,11 +157,23 @@ def _translate(source: Source, program: torch.export.ExportedProgram) -> ONNXPro
             optimize=False,  # nodes are labelled before they are optimized
             opset_version=source.opset,
             dynamic_shapes=_names_of_dims(source.dims),
-            custom_translation_table=translations(),
+            custom_translation_table={**translations(), GLOBAL_AVERAGE_POOL: _translate_pool()},
         )
     if result is None:
         raise ExportError("torch's ONNX exporter gave no program")
     return result
+
+
+def _translate_pool() -> Callable[..., Any]:
+    from onnxscript import opset18 as op
+
+    def global_average_pool(x: Any, spatial: int) -> Any:
+        if len(x.shape) == spatial + 2:
+            return op.GlobalAveragePool(x)
+        axes: Any = op.Constant(value_ints=list(range(-spatial, 0)))
+        return op.ReduceMean(x, axes, keepdims=1)  # ONNX's pool wants a batch
+
+    return global_average_pool
 
 
 def _names_of_dims(dims: list[dict[int, Any]]) -> tuple[dict[int, Any], ...] | None:

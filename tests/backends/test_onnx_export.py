@@ -252,3 +252,18 @@ def test_nothing_is_said_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFi
     gm = fxq.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 6, 6))
     fxq.export(gm, tmp_path / "m.onnx", compute_dtype=compute_dtype)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_global_average_pool_stays_one_node(spatial: int, batch: bool, tmp_path: Path) -> None:
+    """Runtimes have integer kernels for it, and none for a mean; ONNX's operator wants a batch."""
+    pool = [nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d][spatial - 1]
+    x = torch.randn(*([2] if batch else []), 3, *(4,) * spatial)
+    for model in (pool(1), nn.Sequential(nn.ReLU(), pool((1,) * spatial))):
+        for gm in (fxq.trace(model, x), fxq.convert(fxq.prepare(model, x))):  # a module call, and a function's
+            path = tmp_path / "pool.onnx"
+            written = export(gm, (x,), path, dynamic_shapes="batch" if batch else None)
+            (node,) = [n for n in written.graph.node if n.op_type != "Relu"]
+            assert node.op_type == ("GlobalAveragePool" if batch else "ReduceMean")
+            torch.testing.assert_close(Session(path).run(x)[0], gm(x), rtol=0, atol=1e-6)
