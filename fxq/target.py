@@ -10,200 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from .errors import RecipeError, TargetError
-from .specs import DTYPES, QSpec, spec_from
+from .specs import QSpec, spec_from
 from .target_files import extended, read_target
+from .target_parts import Biases, Concat, Heuristic, OpPlacement, Refusal, Residual, kinds_in, only
 
-__all__ = [
-    "ACTIONS",
-    "JOINING",
-    "POLICIES",
-    "Biases",
-    "Concat",
-    "Heuristic",
-    "OpPlacement",
-    "Refusal",
-    "Residual",
-    "Target",
-]
-
-POLICIES: Final = ("skip", "none")
-ACTIONS: Final = ("advise", "exclude", "ignore")
-JOINING: Final = ("all", "any")
-
-
-@dataclass(frozen=True)
-class OpPlacement:
-    """Which edges of an op kind get quantizers by default.
-
-    Attributes:
-        inputs: Indices of activation arguments.
-        weight: Index of the weight argument; None if the op has none.
-        weight_axis: Per-channel axis of the weight in PyTorch's layout; None means per-tensor.
-        grouped_per_tensor: Whether a grouped weight is quantized per tensor.
-        output: Whether the op's own result is quantized.
-        joins: Of an op that is quantized only among others that are: whether ``all`` or ``any`` of its inputs have
-            to be quantized anyway. None (default) for a weighted op, which is quantized for its own sake.
-        rule: Rule id to cite.
-        reason: One sentence to give.
-
-    Raises:
-        TargetError: An argument is no index, there is no such way to join, or an op with a weight joins.
-    """
-
-    inputs: tuple[int, ...] = ()
-    weight: int | None = None
-    weight_axis: int | None = None
-    grouped_per_tensor: bool = False
-    output: bool = False
-    joins: str | None = None
-    rule: str = "R20"
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        for index in self.arguments:
-            if type(index) is not int or index < 0:
-                raise TargetError(
-                    f"an operation's edge is {index!r}", hint="count arguments from 0: inputs: [0], weight: 1"
-                )
-        if self.joins is None:
-            return
-        _one_of(f"joins of a placement ({self.rule})", self.joins, JOINING)
-        if self.weight is not None:
-            raise TargetError(
-                f"a placement ({self.rule}) has a weight, and joins",
-                hint="an op with a weight is quantized for its own sake: leave joins out",
-            )
-
-    @property
-    def arguments(self) -> tuple[int, ...]:
-        """Indices of all arguments that get quantizers."""
-        return (*self.inputs, *(() if self.weight is None else (self.weight,)))
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Specs that the backend refuses in a file: those that agree with every field given here.
-
-    Attributes:
-        rule: Rule id.
-        reason: One sentence to give.
-        fix: What to write instead.
-        dtype: Name of a data type; None for any.
-        symmetric: Whether the zero point is 0; None for either.
-
-    Raises:
-        TargetError: It would refuse everything, or names an unknown data type.
-    """
-
-    rule: str
-    reason: str
-    fix: str
-    dtype: str | None = None
-    symmetric: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype is None and not isinstance(self.symmetric, bool):
-            raise TargetError(f"refusal {self.rule} names no spec", hint="give dtype or symmetric: true or false")
-        if self.dtype is not None:
-            _one_of(f"dtype of refusal {self.rule}", self.dtype, tuple(DTYPES))
-
-    def meets(self, spec: QSpec) -> bool:
-        """Whether a complete spec is refused."""
-        same_type = self.dtype is None or spec.qdtype.name == self.dtype
-        return same_type and self.symmetric in (None, spec.symmetric)
-
-
-@dataclass(frozen=True)
-class Residual:
-    """How residual additions are quantized.
-
-    Attributes:
-        policy: One of :data:`POLICIES`: ``skip`` (only the skip edge is quantized, R23) or ``none``.
-        weighted: Op kinds that the backend fuses with an addition of their result.
-
-    Raises:
-        TargetError: There is no such policy.
-    """
-
-    policy: str = "none"
-    weighted: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        _one_of("residual policy", self.policy, POLICIES)
-
-
-@dataclass(frozen=True)
-class Biases:
-    """Biases that the backend's kernels take as integers, in steps of input scale times weight scale.
-
-    Attributes:
-        kinds: Op kinds whose kernels do.
-        rule: Rule id to cite.
-        reason: One sentence to give.
-        ranks: For some of the kinds, how many dimensions the input must have.
-    """
-
-    kinds: frozenset[str]
-    rule: str
-    reason: str
-    ranks: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Concat:
-    """Which concatenations are quantized although no quantizer follows at once.
-
-    Attributes:
-        kinds: Op kinds that concatenate; empty for none.
-        through: Op kinds that may stand between their result and the quantizers behind it (R27, R39).
-    """
-
-    kinds: frozenset[str] = frozenset()
-    through: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Heuristic:
-    """A kernel heuristic: a rule about shapes that the backend runs badly in low precision.
-
-    Attributes:
-        rule: Rule id.
-        check: Name of the check in :mod:`fxq.passes.advise`.
-        kinds: Op kinds that it looks at.
-        action: One of :data:`ACTIONS`: ``advise`` (quantize, and say so), ``exclude`` (leave float) or ``ignore``.
-        reason: One sentence to give.
-        parameters: The check's numbers.
-        versions: Versions of the backend that it holds for, as ``">=10.12,<12"``; empty (default) for all.
-        compute_capability: Compute capabilities of the GPU that it holds for, likewise.
-
-    Raises:
-        TargetError: There is no such action, or a bound is none.
-    """
-
-    rule: str
-    check: str
-    kinds: frozenset[str]
-    action: str
-    reason: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    versions: str = ""
-    compute_capability: str = ""
-
-    def __post_init__(self) -> None:
-        _one_of(f"action of heuristic {self.rule}", self.action, ACTIONS)
-        for name in ("versions", "compute_capability"):
-            _bound(getattr(self, name), f"{name} of heuristic {self.rule}")
-
-    def holds(self, version: Version | None, compute_capability: Version | None) -> bool:
-        """Whether its bounds admit these; what is not known (None) is admitted."""
-        bounds = ((self.versions, version), (self.compute_capability, compute_capability))
-        return all(SpecifierSet(bound).contains(given, prereleases=True) for bound, given in bounds if given)
+__all__ = ["Target"]
 
 
 @dataclass(frozen=True)
@@ -311,7 +127,7 @@ class Target:
             data = extended(data, where)
             if not isinstance(data, Mapping):
                 raise TargetError(f"{where}: it holds no mapping", hint="compare it with backends/tensorrt.yaml")
-            _only(data, {f.name for f in fields(cls)}, where)
+            only(data, {f.name for f in fields(cls)}, where)
             activation, weight = spec_from(data["activation"], where), spec_from(data["weight"], where)
             if activation is None or weight is None:
                 raise TargetError(f"{where}: activation and weight need a spec each")
@@ -319,14 +135,16 @@ class Target:
                 name=str(data["name"]),
                 activation=activation,
                 weight=weight,
-                ops={kind: _placement(row, where) for row in data["ops"] for kind in _kinds(row["kinds"], where)},
-                residual=_residual(data.get("residual", {}), where),
-                concat=_concat(data.get("concat", {}), where),
-                ties=frozenset(_kinds(data.get("ties", []), where)),
-                absorbs=frozenset(_kinds(data.get("absorbs", []), where)),
-                heuristics=tuple(_heuristic(row, where) for row in data.get("heuristics", ())),
-                refuses=tuple(_refusal(row, where) for row in data.get("refuses", ())),
-                bias=_biases(data["bias"], where) if data.get("bias") is not None else None,
+                ops={
+                    kind: OpPlacement.read(row, where) for row in data["ops"] for kind in kinds_in(row["kinds"], where)
+                },
+                residual=Residual.read(data.get("residual", {}), where),
+                concat=Concat.read(data.get("concat", {}), where),
+                ties=frozenset(kinds_in(data.get("ties", []), where)),
+                absorbs=frozenset(kinds_in(data.get("absorbs", []), where)),
+                heuristics=tuple(Heuristic.read(row, where) for row in data.get("heuristics", ())),
+                refuses=tuple(Refusal.read(row, where) for row in data.get("refuses", ())),
+                bias=Biases.read(data["bias"], where) if data.get("bias") is not None else None,
                 rules=str(data.get("rules", "R")),
             )
         except (KeyError, TypeError, AttributeError, RecipeError) as error:
@@ -336,67 +154,8 @@ class Target:
             ) from error
 
 
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise TargetError(f"{what} is {value!r}", hint=f"use one of {', '.join(known)}")
-
-
-def _bound(text: str, what: str) -> None:
-    try:
-        SpecifierSet(text)
-    except (InvalidSpecifier, TypeError, AttributeError) as error:
-        raise TargetError(f"{what} is {text!r}", hint='write it as ">=10.12,<12"') from error
-
-
 def _version(text: str | None, what: str) -> Version | None:
     try:
         return None if text is None else Version(text)
     except (InvalidVersion, TypeError, AttributeError) as error:
         raise TargetError(f"{what} is {text!r}, which is no version", hint='write it as "11.4" or "8.6"') from error
-
-
-def _only(data: Any, known: set[str], where: str) -> None:
-    """A key that nobody reads is a typing error, and would change nothing in silence."""
-    extra = sorted(map(str, set(data) - known))
-    if extra:
-        raise TargetError(f"{where}: nothing is called {', '.join(extra)}", hint=f"known: {', '.join(sorted(known))}")
-
-
-def _kinds(value: Any, where: str) -> tuple[str, ...]:
-    """Names of op kinds, in the file's order; a lone name would be read letter by letter."""
-    if not isinstance(value, list) or not all(isinstance(kind, str) for kind in value):
-        raise TargetError(f"{where}: {value!r} is no list of op kinds", hint="write [conv2d, linear]")
-    return tuple(value)
-
-
-def _placement(row: Mapping[str, Any], where: str) -> OpPlacement:
-    given = {k: v for k, v in row.items() if k != "kinds"}
-    _only(given, {f.name for f in fields(OpPlacement)}, where)
-    return OpPlacement(
-        **{**given, "inputs": tuple(given.get("inputs", ())), "rule": row["rule"], "reason": row["reason"]}
-    )
-
-
-def _residual(data: Mapping[str, Any], where: str) -> Residual:
-    _only(data, {f.name for f in fields(Residual)}, where)
-    return Residual(data.get("policy", "none"), frozenset(_kinds(data.get("weighted", []), where)))
-
-
-def _concat(data: Mapping[str, Any], where: str) -> Concat:
-    _only(data, {f.name for f in fields(Concat)}, where)
-    return Concat(**{key: frozenset(_kinds(kinds, where)) for key, kinds in data.items()})
-
-
-def _heuristic(row: Mapping[str, Any], where: str) -> Heuristic:
-    _only(row, {f.name for f in fields(Heuristic)}, where)
-    return Heuristic(**{**row, "kinds": frozenset(_kinds(row["kinds"], where))})
-
-
-def _biases(data: Mapping[str, Any], where: str) -> Biases:
-    _only(data, {f.name for f in fields(Biases)}, where)
-    return Biases(**{**data, "kinds": frozenset(_kinds(data["kinds"], where))})
-
-
-def _refusal(row: Mapping[str, Any], where: str) -> Refusal:
-    _only(row, {f.name for f in fields(Refusal)}, where)
-    return Refusal(**row)

@@ -14,7 +14,8 @@ from ..errors import TargetError
 from ..graph import Annotation, constant, edge_annotations, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Pass
-from ..target import Heuristic, Target
+from ..target import Target
+from ..target_parts import Heuristic
 
 __all__ = ["CHECKS", "Advise"]
 

@@ -15,7 +15,8 @@ from ..graph import Annotation, State, constant, edge_annotations, error_at, ori
 from ..ops import KINDS, kind_name, named, products
 from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule
-from ..target import OpPlacement, Target
+from ..target import Target
+from ..target_parts import OpPlacement
 
 __all__ = ["SUMS", "Annotate", "applied", "asked", "check_spec", "governing", "matches", "quantized_edges"]
 

@@ -13,7 +13,7 @@ from ..graph import Annotation, State, constant, edge_annotations, state, tensor
 from ..ops import kind_name
 from ..passbase import Pass
 from ..recipe import QSpec
-from ..target import OpPlacement
+from ..target_parts import OpPlacement
 from .annotate import applied, check_spec, governing
 
 __all__ = ["PropagateQuantization"]

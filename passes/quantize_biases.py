@@ -13,7 +13,7 @@ from ..graph import TensorInfo, constant, state, tensor_info
 from ..ops import kind_name
 from ..passbase import Numeric, Pass
 from ..qdq import DEQUANTIZE, quantize
-from ..target import Biases
+from ..target_parts import Biases
 
 __all__ = ["QuantizeBiases"]
 

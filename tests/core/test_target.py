@@ -14,7 +14,8 @@ from fxq.errors import TargetError
 from fxq.ops import KINDS
 from fxq.recipe import DTYPES, PerChannel, PerTensor, QSpec
 from fxq.rules import RULES
-from fxq.target import Heuristic, OpPlacement, Residual, Target
+from fxq.target import Target
+from fxq.target_parts import Heuristic, OpPlacement, Residual
 
 DATA: dict[str, Any] = {
     "name": "toy",

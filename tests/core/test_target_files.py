@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from fxq.errors import TargetError
-from fxq.target import Heuristic, OpPlacement, Target
+from fxq.target import Target
+from fxq.target_parts import Heuristic, OpPlacement
 
 TENSORRT = Target.load("tensorrt")
 

@@ -15,7 +15,8 @@ import fxq
 from fxq.errors import TargetError
 from fxq.passes.advise import CHECKS, Advise
 from fxq.recipe import QSpec, Recipe, Rule
-from fxq.target import Heuristic, Target
+from fxq.target import Target
+from fxq.target_parts import Heuristic
 
 TENSORRT = Target.load("tensorrt")
 

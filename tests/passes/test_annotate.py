@@ -34,7 +34,8 @@ from fxq.ops import kind_name
 from fxq.passes.annotate import Annotate, applied, governing
 from fxq.quantizer import quantizers
 from fxq.recipe import EdgeSpecs, PerChannel, QSpec, Recipe, Rule
-from fxq.target import OpPlacement, Target
+from fxq.target import Target
+from fxq.target_parts import OpPlacement
 
 DIGITS = (1, 1, 28, 28)
 MAX = QSpec(method="max")

@@ -21,7 +21,8 @@ from fxq.ops import kind_name
 from fxq.passes import PropagateQuantization
 from fxq.quantizer import quantizers
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
-from fxq.target import OpPlacement, Target
+from fxq.target import Target
+from fxq.target_parts import OpPlacement
 
 X = (2, 8, 8, 8)
 ORT = Target.load("onnxruntime")

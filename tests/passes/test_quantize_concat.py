@@ -16,7 +16,8 @@ from fxq.calibration import calibrate
 from fxq.passes.quantize_concat import QuantizeConcat
 from fxq.quantizer import quantizers
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
-from fxq.target import Concat, Target
+from fxq.target import Target
+from fxq.target_parts import Concat
 
 X = (2, 8, 8, 8)
 

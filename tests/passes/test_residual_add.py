@@ -32,7 +32,8 @@ from fxq.graph import state
 from fxq.passes import residual_add as room
 from fxq.passes.residual_add import ResidualAdd, longest_ways, sources
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
-from fxq.target import Residual, Target
+from fxq.target import Target
+from fxq.target_parts import Residual
 
 # What a block may look like, with the same placement every time.
 
