@@ -153,4 +153,6 @@ def transposed_convolutions(graph: OnnxGraph) -> Iterator[Finding]:
             continue
         dq = graph.dequantizer(node.inputs[1])
         if dq is not None and dq.axis is not None:
-            yield node.finding("R43", "advice", "a quantized ConvTranspose with per-channel weights")
+            kind = "a grouped ConvTranspose" if node.attributes.get("group", 1) > 1 else "a ConvTranspose"
+            message = f"{kind} with a scale for each channel: INT8 or float, as version and GPU have a kernel for it"
+            yield node.finding("R43", "advice", message)

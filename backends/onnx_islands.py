@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from .onnx_floats import FloatGraph, Role, inner_graphs
 from .onnx_graph import MOVING, WEIGHTED
 from .onnx_names import NODE, properties
+from .onnx_spelling import REFUSED
 from .onnx_values import tensor_values
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _reason(graph: FloatGraph, index: int, wanted: Mapping[str, str]) -> str | N
         return f"{node.op_type} has graphs of its own"
     if not graph.can_compute(index):
         return f"ONNX's opset {graph.opset} has no {node.op_type} in {graph.compute.onnx_name}"
-    return None
+    return REFUSED.get(graph.compute.onnx_name, {}).get(node.op_type)
 
 
 def _extreme_tensors(graph: FloatGraph, largest: Mapping[str, float]) -> dict[str, str]:

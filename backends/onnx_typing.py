@@ -21,6 +21,7 @@ from .onnx_floats import FLOAT, FloatGraph, Role
 from .onnx_islands import required_islands, spread
 from .onnx_names import MODULE_PATH, NODE, SOURCE, free_name, properties
 from .onnx_numbers import ComputeDtype
+from .onnx_spelling import spell_out
 from .onnx_values import tensor_values
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def type_model(
         )
     if kind.has_less_range:
         _raise_small_scales(model)
+    spell_out(model, kind.onnx_name)
     graph = FloatGraph(model, kind)
     required = required_islands(graph, islands or {}, largest or {})
     wide = spread(graph, required, float_io=keep_io_types)

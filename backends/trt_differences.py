@@ -82,19 +82,38 @@ def _finding(
 
 
 def _precision(built: Built) -> Iterator[Finding]:
-    """Convolutions and matrix products that do not read 8 bits."""
+    """Convolutions and matrix products that do not read 8 bits.
+
+    Of a transposed convolution it is no fault of the file's (R43).
+    """
     for kernel, nodes in zip(built.kernels, built.nodes, strict=True):
         main = next((n for n in nodes if family(n) == "weighted"), None)
         if main is None or not kernel.weighted or kernel.reads_int8 or _reads_fp8(kernel):
             continue
         meant = built.prediction.kernel_of(main.name)
         read = ", ".join(sorted({tensor.dtype for tensor in kernel.inputs}))
-        if meant is not None and meant.precision in {"int8", "float8"}:
+        if main.op == "ConvTranspose":
+            if _partly_quantized(built, main):
+                yield _transposed(built, main, f"{kernel.kind} {kernel.name} reads {read}")
+        elif meant is not None and meant.precision in {"int8", "float8"}:
             message = f"meant for {meant.precision}, and {kernel.kind} {kernel.name} reads {read}"
             yield _finding(built, main, "R20", message, blame=_before(built, main))
         elif _partly_quantized(built, main):
             message = f"quantized, and {kernel.kind} {kernel.name} reads {read}"
             yield _finding(built, main, "R20", message, blame=_before(built, main))
+
+
+def _transposed(built: Built, node: Node, what: str) -> Finding:
+    """A quantized transposed convolution in float: libraries and versions differ in which of them have INT8 kernels."""
+    dq = built.graph.dequantizer(node.inputs[1])
+    scales = (
+        "its weight float"
+        if dq is None
+        else f"a weight with one scale per {'tensor' if dq.axis is None else 'channel'}"
+    )
+    message = f"quantized, with {scales}, and {what}: this builder chose no INT8 kernel for a transposed convolution"
+    fix = "None is needed: it computes as in float. A recipe rule that leaves it float saves its Q/DQ."
+    return node.finding("R43", "advice", message, fix=fix)
 
 
 def _reads_fp8(kernel: LayerInfo) -> bool:

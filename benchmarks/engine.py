@@ -115,6 +115,14 @@ class Kernel:
         return prod(dims) * prod(self.weights.dims) // max(channels, 1)
 
     @property
+    def depthwise(self) -> bool:
+        """A convolution with one output channel for each group; in INT8 this builder pads each group to 4 channels."""
+        if not self.weighted or self.weights is None or not self.outputs or len(self.weights.dims) != 4:
+            return False
+        groups = self.inputs[0].dims[1] // max(self.weights.dims[1], 1)
+        return groups > 1 and groups == self.outputs[0].dims[1]
+
+    @property
     def added(self) -> list[Tensor]:
         """The inputs that an elementwise operation can join: two or more of one shape, else none."""
         if not self.inputs:
@@ -180,12 +188,16 @@ def identity_skips(kernels: list[Kernel]) -> list[Tensor]:
 
 
 def figures(kernels: list[Kernel]) -> dict[str, Any]:
-    """What the tables show of the kernels; bytes are activations read and written over all kernels."""
+    """What the tables show of the kernels; bytes are activations read and written over all kernels.
+
+    Depthwise bytes are all reads and writes of tensors that a depthwise convolution reads or writes.
+    """
     weighted = [k for k in kernels if k.weighted]
     int8, skips = [k for k in weighted if k.reads_int8], identity_skips(kernels)
     traffic: dict[str, int] = {}
     for tensor in (t for k in kernels for t in [*k.inputs, *k.outputs]):
         traffic[tensor.dtype] = traffic.get(tensor.dtype, 0) + tensor.bytes
+    beside = {t.name for k in kernels if k.depthwise for t in [*k.inputs, *k.outputs]}
     macs = sum(k.macs for k in weighted)
     return {
         "kernels": len(kernels),
@@ -196,6 +208,10 @@ def figures(kernels: list[Kernel]) -> dict[str, Any]:
         "identity_skips_read_in_int8": sum(t.dtype == "Int8" for t in skips),
         "activation_bytes": traffic,
         "activation_bytes_total": sum(traffic.values()),
+        "activation_bytes_depthwise": sum(
+            t.bytes for k in kernels for t in [*k.inputs, *k.outputs] if t.name in beside
+        ),
+        "depthwise_kernels": sum(k.depthwise for k in kernels),
         "kernels_with_wide_output": sum(any(t.dtype in WIDE and t.bytes > 1024 for t in k.outputs) for k in kernels),
         "weighted_kernels_not_int8": [f"{k.name} {k.metadata}" for k in weighted if not k.reads_int8],
     }

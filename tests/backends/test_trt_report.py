@@ -178,6 +178,25 @@ def test_a_kernel_leads_back_to_the_line(tmp_path: Path) -> None:
     assert "this builder splits" in report.summary()
 
 
+@pytest.mark.usefixtures("trt")
+@pytest.mark.parametrize(("groups", "scales"), [(1, "channel"), (4, "tensor")])
+def test_a_transposed_convolution_in_float_is_nobodys_fault(groups: int, scales: str, tmp_path: Path) -> None:
+    """Per channel alone, per tensor in groups (R16, R43); this builder runs either in float."""
+    import torch
+
+    up = torch.nn.ConvTranspose2d(32, 32, 2, stride=2, groups=groups)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 32, 3), torch.nn.ReLU(), up, torch.nn.Conv2d(32, 32, 1)).eval()
+    image = torch.randn(2, 8, 16, 16)
+    path = fxq.export(fxq.quantize(model, [image], progress=False), tmp_path / "net.onnx", dynamic_shapes=None)
+    report = fxq.engine_report(fxq.build(path, tmp_path / "net.engine"), path)
+    (found,) = [f for f in report.findings if f.rule == "R43"]
+    assert (found.module_path, found.severity) == ("2", "advice")
+    assert f"a weight with one scale per {scales}" in found.message
+    assert "reads float32" in found.message
+    assert found.fix.startswith("None is needed")
+    assert not [f for f in report.findings if f.severity != "advice"], report.findings
+
+
 class Page(HTMLParser):
     """Counts rows, and looks for what would be fetched from elsewhere."""
 
