@@ -12,7 +12,7 @@ from .deployment import build, engine_report, export, lint, load_engine, predict
 from .editor import Editor
 from .errors import FxqError
 from .explanations import explain
-from .flow import calibrate, convert, prepare, prepare_qat, quantize, solve, trace
+from .flow import convert, prepare, prepare_qat, quantize, trace
 from .graph import Annotation
 from .graph_diff import diff
 from .manager import PassManager, Pipeline
@@ -23,6 +23,7 @@ from .printer import format_graph
 from .recipe import EdgeSpecs, Method, PerChannel, PerTensor, QSpec, Recipe, Rule
 from .reports import report
 from .rewriting import RewritePass
+from .scales import calibrate, solve
 from .side_by_side import compare
 from .steps import Steps
 from .target import Target

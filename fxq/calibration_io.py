@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from .backends.files import write_whole
 from .bias_correction import CORRECTIONS
 from .errors import CalibrationError
-from .graph import constant, device_of, origin, state, update_state
+from .graph import constant, device_of, origin, remember
 from .qparams import scale_and_zero_point
 from .quantizer import Quantizer, quantized_nodes, quantizers, tie_groups
 
@@ -242,8 +242,7 @@ def set_amax(prepared: fx.GraphModule, amax: Mapping[str, Amax], *, partial: boo
         elif quantizer.weight and weight is not None and not quantizer.solved:
             quantizer.solve_weight(weight)
     _forget_corrections(prepared)
-    held = state(prepared)
-    update_state(prepared, provenance={**held.provenance, "calibration": {"ranges": "given"}})
+    remember(prepared, calibration={"ranges": "given"})
 
 
 def _quantizers(prepared: fx.GraphModule) -> dict[str, Quantizer]:

@@ -7,38 +7,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-import torch
 from torch import fx, nn
 
-from . import calibration
 from .arguments import example_arguments
-from .batches import each_batch, model_inputs, moved, watched
-from .bias_correction import Sampler, correct_biases, store_corrections
-from .calibration_report import CalibrationReport
+from .batches import each_batch, model_inputs
 from .errors import CalibrationError, ConvertError, RecipeError, TraceError
-from .graph import device_of, state, update_state
+from .graph import remember, state
+from .leaves import Leaf
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
-from .quantizer import quantizers
-from .ranks import TIMEOUT, joined, on_first
-from .recipe import Method, Recipe
-from .reports import warnings_of
+from .recipe import Recipe
 from .scale_policy import POLICIES, ScalePolicy
+from .scales import calibrate
 from .target import Target
 from .tracer import DynamicShapes, trace_model
 
 __all__ = [
-    "calibrate",
     "convert",
     "prepare",
     "prepare_qat",
     "quantize",
-    "solve",
     "trace",
 ]
 
@@ -50,7 +41,7 @@ def trace(
     example_kwargs: Mapping[str, Any] | None = None,
     target: str | Path | Target = "tensorrt",
     recipe: Recipe | None = None,
-    leaf_modules: Sequence[type[nn.Module] | str] = (),
+    leaf_modules: Sequence[Leaf] = (),
     concrete_args: Mapping[str, Any] | None = None,
     dynamic_shapes: DynamicShapes = "any",
     on_untraceable: Literal["raise", "leaf"] = "raise",
@@ -63,7 +54,7 @@ def trace(
         example_kwargs: More inputs by name.
         target: ``"tensorrt"``, ``"tensorrt-fast"``, a target file, or a Target.
         recipe: What to quantize beyond the target's defaults.
-        leaf_modules: Module types or paths that stay whole.
+        leaf_modules: Module types or paths that stay whole; functions marked with torch.fx.wrap, or their names, too.
         concrete_args: Parameters of forward fixed to a value.
         dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
             (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
@@ -96,7 +87,7 @@ class TraceOptions(TypedDict, total=False):
     """What :func:`prepare` and :func:`prepare_qat` hand on to :func:`trace`, which says what each is for."""
 
     example_kwargs: Mapping[str, Any] | None
-    leaf_modules: Sequence[type[nn.Module] | str]
+    leaf_modules: Sequence[Leaf]
     concrete_args: Mapping[str, Any] | None
     dynamic_shapes: DynamicShapes
     on_untraceable: Literal["raise", "leaf"]
@@ -132,7 +123,7 @@ def prepare(
     gm = trace(model, example_inputs, target=target, recipe=recipe, **tracing)
     chosen = pipeline or PREPARE
     gm = PassManager().run(chosen, gm, inplace=True)
-    _remember(gm, prepare=str(chosen))
+    remember(gm, prepare=str(chosen))
     return gm
 
 
@@ -184,120 +175,8 @@ def prepare_qat(
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         if parameter.is_floating_point():
             parameter.requires_grad_(wanted.get(name, True))
-    _remember(gm, prepare=str(chosen), trains=True)
+    remember(gm, prepare=str(chosen), trains=True)
     return gm.train()
-
-
-def calibrate(
-    prepared: fx.GraphModule,
-    batches: Iterable[Any] | torch.Tensor | None,
-    *,
-    max_batches: int | None = None,
-    progress: bool = True,
-    forward: calibration.Forward | None = None,
-    reset: bool = True,
-    bias_correction: bool = True,
-    performance_only: bool = False,
-    across_ranks: bool = True,
-    rank_timeout: float = TIMEOUT,
-) -> CalibrationReport:
-    """Feed data to the observers of `prepared` and solve their scales.
-
-    Ctrl-C keeps what was collected: go on with ``reset=False``, or :func:`solve`. Where torch.distributed has
-    several processes, each feeds batches of its own and all get the scales of one that saw everything.
-
-    Args:
-        prepared: What :func:`prepare` returned; its observers are changed.
-        batches: A DataLoader or any iterable of inputs: a tensor, a tuple of inputs (further elements, such
-            as labels, are dropped), or a dict by input name. About 500 images in all are usual (R34).
-        max_batches: Stop after so many.
-        progress: Show a progress bar if stderr is a terminal.
-        forward: ``forward(model, batch)`` runs one batch in your own way; the batch is handed over as it
-            came.
-        reset: Forget earlier statistics first (default); False adds to them.
-        bias_correction: Also take out the mean error that quantization leaves in each channel
-            (:mod:`fxq.bias_correction`); costs two more forwards over a part of the data. A graph that is to
-            be trained is left alone: training moves its biases itself.
-        performance_only: With ``batches=None``: calibrate on random data, good for measuring speed and
-            nothing else. The report and the exported file say so.
-        across_ranks: Merge the statistics of all processes of torch.distributed's default group, where there is
-            one; every rank has to call.
-        rank_timeout: Seconds that ranks wait for each other.
-
-    Returns:
-        Ranges and scales per tensor.
-
-    Raises:
-        CalibrationError: No data, NaN or Inf, or a quantizer that no data reached; the message names the
-            place. If one rank has such a problem or dies, all ranks raise.
-    """
-    from .backends.onnx_profiles import SeenShapes
-
-    if (batches is None) != performance_only:
-        raise CalibrationError(
-            "performance_only goes with batches=None, and only then",
-            hint="pass real data, or batches=None, performance_only=True to measure speed",
-        )
-    held = state(prepared)
-    if "quantized" in held.properties:
-        raise CalibrationError("this graph is converted already", hint="calibrate what fxq.prepare returned")
-    if batches is None:
-        batches = calibration.random_batches(held.example_args, held.example_kwargs)
-    sampler = Sampler(prepared, [])
-    wanted = bias_correction and not performance_only and not held.provenance.get("trains")
-    shapes = SeenShapes(prepared)
-    with watched(prepared, lambda inputs: shapes.see(*inputs), *([sampler.keep] if wanted else [])):
-        found = calibration.calibrate(
-            prepared,
-            batches,
-            max_batches=max_batches,
-            progress=progress,
-            forward=forward,
-            reset=reset,
-            across_ranks=across_ranks,
-            rank_timeout=rank_timeout,
-        )
-    with joined(rank_timeout) if across_ranks and wanted else nullcontext() as ranks:
-        corrections = on_first(ranks, lambda: correct_biases(prepared, sampler.kept) if sampler.kept else {})
-    store_corrections(prepared, corrections)
-    facts = {"batches": found.batches, "performance_only": performance_only}
-    _remember(prepared, calibration={**facts, "input_shapes": shapes.summary()})
-    return replace(found, warnings=warnings_of(prepared))
-
-
-def solve(
-    prepared: fx.GraphModule, method: Method | str | None = None, *, batches: Iterable[Any] | None = None
-) -> CalibrationReport:
-    """Solve every scale again from what :func:`calibrate` collected; no data is needed.
-
-    Args:
-        prepared: A calibrated graph; its scales are changed.
-        method: ``max``, ``moving-average``, ``percentile``, ``entropy``, ``mse`` or a Method, for all
-            activations; ``auto`` takes for each tensor the one of these with the least squared quantization
-            error over what was collected. None (default) is what each tensor's recipe rule says. ``max`` can
-            always be solved, ``moving-average`` where it was prepared for, the others where any of them was.
-            Weights keep to their recipe rule.
-        batches: A few hundred samples to measure the bias correction with. Corrections that were measured under
-            other scales do not fit any more: without this they are dropped.
-
-    Returns:
-        Ranges and scales per tensor.
-
-    Raises:
-        CalibrationError: A quantizer saw no data, or its statistics cannot answer the method; all are named, and
-            no scale is changed.
-    """
-    before = {name: q.scale.cpu() for name, q in quantizers(prepared).items()}
-    found = calibration.solve(prepared, method)
-    same = all(torch.equal(before[name], q.scale.cpu()) for name, q in quantizers(prepared).items())
-    if batches is not None:
-        inputs = [moved(model_inputs(prepared, batch), device_of(prepared)) for batch in each_batch(batches)]
-        store_corrections(prepared, correct_biases(prepared, inputs))
-    elif not same:
-        store_corrections(prepared, {})
-    earlier = state(prepared).provenance.get("calibration", {})
-    _remember(prepared, calibration={"performance_only": False, **earlier, "batches": found.batches})
-    return replace(found, warnings=warnings_of(prepared))
 
 
 def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.GraphModule:
@@ -319,7 +198,7 @@ def convert(prepared: fx.GraphModule, pipeline: Pipeline | None = None) -> fx.Gr
         raise ConvertError("this graph is converted already", hint="export it, or convert what fxq.prepare returned")
     chosen = pipeline or CONVERT
     gm = PassManager().run(chosen, prepared)
-    _remember(gm, convert=str(chosen))
+    remember(gm, convert=str(chosen))
     return gm
 
 
@@ -353,8 +232,3 @@ def quantize(
     prepared = prepare(model, args, example_kwargs=kwargs, recipe=recipe, target=target)
     calibrate(prepared, itertools.chain([first], iterator), max_batches=max_batches, progress=progress)
     return convert(prepared)
-
-
-def _remember(gm: fx.GraphModule, **facts: Any) -> None:
-    """Add to the graph's provenance."""
-    update_state(gm, provenance={**state(gm).provenance, **facts})

@@ -38,6 +38,7 @@ __all__ = [
     "has_state",
     "origin",
     "reads_sizes",
+    "remember",
     "set_state",
     "state",
     "tensor_info",
@@ -209,6 +210,11 @@ def set_state(gm: fx.GraphModule, new: State) -> None:
 def update_state(gm: fx.GraphModule, **changes: Any) -> None:
     """Replace fields of the graph's state."""
     gm.meta[STATE] = dataclasses.replace(state(gm), **changes)
+
+
+def remember(gm: fx.GraphModule, **facts: Any) -> None:
+    """Add to the provenance in the state of a graph, in place."""
+    update_state(gm, provenance={**state(gm).provenance, **facts})
 
 
 def origin(node: fx.Node) -> Origin:

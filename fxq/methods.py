@@ -11,7 +11,8 @@ from torch import fx
 
 from . import html
 from .errors import CalibrationError
-from .flow import convert, solve
+from .flow import convert
+from .scales import solve
 from .tables import table
 
 if TYPE_CHECKING:

@@ -103,6 +103,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "graph_diff",
         "notebook_display",
         "quantized_graph",
+        "scales",
         "side_by_side",
         "steps",
         "viewer",
