@@ -16,6 +16,7 @@ from fxq.graph import tensor_info
 from fxq.ops import inplace_target
 from fxq.passes import Canonicalize, DropIdentities, ExpandModules, Functionalize
 
+X = (2, 3, 4)
 NORMALIZE = (Functionalize(), ExpandModules(), Canonicalize(), DropIdentities())
 
 
