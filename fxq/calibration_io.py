@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from .amax_files import Amax, read_amax, read_tensorrt_cache
 from .backends.files import write_whole
-from .bias_correction import CORRECTIONS
+from .bias_correction import CORRECTIONS, store_corrections
 from .errors import CalibrationError
 from .graph import constant, device_of, origin, remember
 from .qparams import scale_and_zero_point
@@ -37,9 +35,6 @@ __all__ = [
 ]
 
 _FORMAT: Final = "fxq-calibration-1"
-_INT8: Final = 127.0
-
-Amax = float | Sequence[float]
 
 
 def save_statistics(prepared: fx.GraphModule, path: str | PathLike[str]) -> None:
@@ -127,78 +122,6 @@ def write_amax(prepared: fx.GraphModule, path: str | PathLike[str]) -> None:
     _require_symmetric(found.values())
     amax = {q.tensor: (q.scale.double() * q.spec.qdtype.qmax).tolist() for q in found.values()}
     write_whole(path, (json.dumps(amax, indent=1) + "\n").encode())
-
-
-def read_amax(path: str | PathLike[str]) -> dict[str, Amax]:
-    """Read tensor names and their amax from JSON, as :func:`write_amax` and other tools write it.
-
-    Raises:
-        CalibrationError: It is not JSON of that form; the first wrong entry is named.
-    """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CalibrationError(f"{path} holds a {type(found).__name__}, not an object of tensor name to amax")
-    for name, value in found.items():
-        values = value if isinstance(value, list) else [value]
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        if not values or not numbers or not all(0 <= v < math.inf for v in values):
-            raise CalibrationError(
-                f"{path}: the amax of {name} is {value!r}", hint="give a number from 0 on, or a list of them"
-            )
-    return found
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON whose keys are all different."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name} is there twice")
-        found[name] = value
-    return found
-
-
-def read_tensorrt_cache(path: str | PathLike[str]) -> dict[str, Amax]:
-    """Read the calibration cache that TensorRT's INT8 calibrators wrote (before release 11).
-
-    It is text: a line such as ``TRT-8601-EntropyCalibration2``, then ``name: 3c010a14`` for each tensor, the
-    bits of its float32 scale in hexadecimal, most significant first. The scale is amax / 127.
-
-    Returns:
-        Tensor name to amax.
-
-    Raises:
-        CalibrationError: A line is not of that form; it is named.
-    """
-    try:
-        first, *lines = Path(path).read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
-    if not first.startswith("TRT-"):
-        raise CalibrationError(
-            f"{path} begins with {first!r}, not with TRT- and a version", hint="is it a calibration cache?"
-        )
-    found: dict[str, Amax] = {}
-    for number, line in enumerate(lines, start=2):
-        if not line.strip():
-            continue
-        name, separator, bits = line.rpartition(":")
-        try:
-            scale = struct.unpack(">f", bytes.fromhex(bits.strip().zfill(8)))[0]
-        except (ValueError, struct.error):
-            scale = math.nan
-        name = name.strip()
-        if not separator or not name or not 0 <= scale < math.inf:
-            raise CalibrationError(f"{path}, line {number}: {line!r} is no name and scale in hexadecimal")
-        if name in found:
-            raise CalibrationError(f"{path}, line {number}: {name} is there twice", hint="are these two caches in one?")
-        found[name] = scale * _INT8
-    if not found:
-        raise CalibrationError(f"{path} names no tensor", hint="did calibration finish when it was written?")
-    return found
 
 
 def set_amax(prepared: fx.GraphModule, amax: Mapping[str, Amax], *, partial: bool = False) -> None:
@@ -309,4 +232,4 @@ def _range(quantizer: Quantizer, value: Amax) -> Tensor:
 
 def _forget_corrections(prepared: fx.GraphModule) -> None:
     if hasattr(prepared, CORRECTIONS):
-        setattr(prepared, CORRECTIONS, nn.Module())
+        store_corrections(prepared, {})

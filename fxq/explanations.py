@@ -11,38 +11,23 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Final, TypeGuard
+from typing import Any, Final
 
 from torch import fx
 
 from .errors import PassError, RecipeError
-from .graph import Note, edge_annotations, origin, state, tensor_info
-from .ops import kind_name, named, products
-from .placement import SKIP_RULES, EdgeRow, behind_norm, edge_rows, hidden_products, read_tensor
-from .qdq import QUANTIZE
+from .graph import Note, origin, state
+from .ops import kind_name, named
+from .passed_over import expected_edges, is_quantization, passed_over
+from .placement import EdgeRow, edge_rows, read_tensor
 from .recipe import Rule
 from .reports import stage_of, warnings_of
 from .target import Target
-from .verify import is_dequantized, quantizer_of
 
 __all__ = ["EdgeReason", "Explanation", "explain"]
 
 _WIDTH: Final = 120
 _SHOWN: Final = 12
-_REACH: Final = 4
-"""How many operations a nearest miss looks back from an addition."""
-_ACTIVATIONS: Final = frozenset(
-    (
-        *("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish"),
-        *("sigmoid", "tanh", "hardsigmoid", "hardswish", "softplus", "softsign", "logsigmoid", "clamp"),
-    )
-)
-_NORMS: Final = frozenset(("softmax", "log_softmax", "layer_norm", "group_norm", "instance_norm", "batch_norm"))
-_CHOOSING: Final = frozenset(("max_pool1d", "max_pool2d", "max_pool3d", "cat", "stack")) | frozenset(
-    f"adaptive_max_pool{n}d" for n in (1, 2, 3)
-)
-_POOLS: Final = frozenset(f"{pool}{n}d" for pool in ("avg_pool", "adaptive_avg_pool") for n in (1, 2, 3))
-_GAINING: Final = _POOLS | {"interpolate", "upsample", "mul", "mean"}
 
 
 @dataclass(frozen=True)
@@ -157,7 +142,7 @@ def explain(gm: fx.GraphModule, where: str = "*") -> Explanation:
     if "annotated" not in held.properties:
         raise PassError("nothing is placed in this graph yet", hint="explain what fxq.prepare returned")
     where = str(Rule(where, None).match)  # a rule says what is wrong with a pattern
-    nodes = [n for n in gm.graph.nodes if n.op.startswith("call_") and not _is_quantization(n)]
+    nodes = [n for n in gm.graph.nodes if n.op.startswith("call_") and not is_quantization(n)]
     chosen = [n for n in nodes if named(n, where)]
     if not chosen:
         paths = list(dict.fromkeys(path for n in nodes if (path := origin(n).module_path)))
@@ -170,17 +155,13 @@ def explain(gm: fx.GraphModule, where: str = "*") -> Explanation:
     return Explanation(edges, stage_of(gm), held.target.name, where, warnings_of(gm))
 
 
-def _is_quantization(node: fx.Node) -> bool:
-    return quantizer_of(node) is not None or is_dequantized(node) or node.target is QUANTIZE
-
-
 def _of_node(gm: fx.GraphModule, node: fx.Node, target: Target, notes: list[Note]) -> Iterator[EdgeReason]:
     """What placement decided on the edges of `node`, and what it passed over."""
     decided = {row.edge: row for row in edge_rows(gm, node)}
-    for key, read in _expected(gm, node, target):
+    for key, read in expected_edges(gm, node, target):
         if key not in decided:
             tensor = read_tensor(read)
-            rule, reason, miss = _passed_over(node, tensor, target, notes)
+            rule, reason, miss = passed_over(node, tensor, target, notes)
             yield _reason(node, _float_row(key, tensor, rule, reason), miss)
         else:
             yield _reason(node, decided.pop(key))
@@ -220,110 +201,3 @@ def _reason(node: fx.Node, row: EdgeRow, miss: str | None = None) -> EdgeReason:
         reason=row.reason,
         nearest_miss=miss,
     )
-
-
-def _expected(gm: fx.GraphModule, node: fx.Node, target: Target) -> Iterator[tuple[int | str, fx.Node]]:
-    """The edges of `node` of which a reader would ask whether they are quantized."""
-    kind = kind_name(node)
-    placement = target.ops.get(kind)
-    if placement is not None:
-        keys = set(placement.arguments)
-    elif kind in _ACTIVATIONS | _NORMS | _CHOOSING | _GAINING or hidden_products(gm, node):
-        keys = {0}
-    elif kind == "add":
-        keys = {0, 1}
-    else:
-        return
-    for index, argument in enumerate(node.args):
-        if index not in keys and not (index and products(node)) and kind != "mul":
-            continue
-        if isinstance(argument, list | tuple):
-            yield from ((f"{index}[{i}]", part) for i, part in enumerate(argument) if _floats(part))
-        elif _floats(argument):
-            yield index, argument
-
-
-def _floats(read: Any) -> TypeGuard[fx.Node]:
-    info = tensor_info(read_tensor(read)) if isinstance(read, fx.Node) else None
-    return info is not None and info.dtype.is_floating_point and len(info.shape) > 0
-
-
-def _passed_over(node: fx.Node, tensor: fx.Node, target: Target, notes: list[Note]) -> tuple[str, str, str | None]:
-    """Rule, sentence and nearest miss for an edge that placement said nothing of."""
-    kind, noted = kind_name(node), next((n for n in notes if n.kind in ("declined", "opaque")), None)
-    if kind == "add" and noted is None and any(a.rule in SKIP_RULES for a in edge_annotations(node).values()):
-        return "R23", f"{tensor.name} takes the addition into its kernel, whose result is float until it is added", None
-    if noted is not None:
-        return noted.rule, noted.text, _nearest_miss(node, target) if kind == "add" and noted.rule == "R23" else None
-    if kind in target.ops:
-        return "R20", "the target or the recipe leaves it float", None
-    simple = _simple_reason(kind, node, tensor, target)
-    return (*simple, None)
-
-
-def _simple_reason(kind: str, node: fx.Node, tensor: fx.Node, target: Target) -> tuple[str, str]:
-    """Rule and sentence for an operation without weights."""
-    maker = behind_norm(tensor)
-    if kind in _ACTIVATIONS and kind_name(maker) in target.ops and len(maker.users) == 1:
-        return "R44", f"{kind} is computed in the kernel of {maker.name}; a quantizer between them would part them"
-    if kind in _ACTIVATIONS and any(a.rule in SKIP_RULES for a in edge_annotations(maker).values()):
-        return "R44", f"{kind} is computed in the kernel of the addition before it; what reads its result quantizes it"
-    if kind in _CHOOSING:
-        rule = "R27" if kind in ("cat", "stack") else "R19"
-        reader = _quantized_behind(node, target)
-        if reader is not None:
-            return rule, f"{kind} only passes values on, so the quantizer behind it, of {reader}, holds before it too"
-        return "R26", f"nothing behind this {kind} reads it quantized, and alone it gains nothing"
-    if kind in _GAINING:
-        return "R39", f"{kind} may gain from INT8 but is not quantized by default (R26); a recipe rule can do it"
-    if kind in _ACTIVATIONS | _NORMS:
-        return "R38", f"Q/DQ around {kind} for its own sake gain nothing; it runs in floating point"
-    return "R26", f"{kind} has no weights: it is quantized on both sides or on none"
-
-
-def _quantized_behind(node: fx.Node, target: Target) -> str | None:
-    """The tensor that is quantized behind `node`, through operations that only pass values on."""
-    waiting, seen = [node], {node}
-    while waiting:
-        here = waiting.pop(0)
-        for user in here.users:
-            if quantizer_of(user) is not None or user.target is QUANTIZE:
-                return here.name
-            if user not in seen and kind_name(user) in target.ties:
-                seen.add(user)
-                waiting.append(user)
-    return None
-
-
-def _nearest_miss(add: fx.Node, target: Target) -> str | None:
-    """The weighted operation that came nearest to taking the addition along, and what it lacked."""
-    found = [miss for operand in add.args[:2] if (miss := _miss(read_tensor(operand), add, target)) is not None]
-    return min(found)[1] if found else None
-
-
-def _miss(node: Any, add: fx.Node, target: Target) -> tuple[int, str] | None:
-    """How many operations lie between `add` and a weighted one before it, and what keeps them apart."""
-    between: list[fx.Node] = []
-    reader = add
-    while isinstance(node, fx.Node) and len(between) <= _REACH:
-        others = [user.name for user in node.users if user is not reader and not _is_quantization(user)]
-        if kind_name(node) in target.residual.weighted:
-            if between:
-                apart = ", ".join(f"{n.name} ({kind_name(n)})" for n in reversed(between))
-                stands = "stands" if len(between) == 1 else "stand"
-                return len(between), f"{node.name} would take it along, but {apart} {stands} between them"
-            if others:
-                return 0, f"{node.name} would take it along, but {', '.join(others)} also reads its result"
-            return None
-        if kind_name(node) in target.ops:
-            return len(
-                between
-            ), f"{node.name} comes before it, but is a {kind_name(node)}, which takes no addition along"
-        between.append(node)
-        moving = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if len(moving) != 1:
-            return None
-        reader, node = node, moving[0]
-        while _is_quantization(node):
-            reader, node = node, node.args[0]
-    return None

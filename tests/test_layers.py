@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # layer and of those above it in this list. "passes" and "backends" stand for all rooms of those folders.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
-    ("guards", "html", "layered", "optional", "plans", "sketch", "sqnr", "tables"),
+    ("amax_files", "guards", "html", "layered", "optional", "plans", "sketch", "sqnr", "tables"),
     ("recipe", "rules", "sarif", "specs", "target", "target_files", "target_parts"),
     (
         "buffers",
@@ -83,6 +83,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "explanations",
         "manager",
         "nonfinite",
+        "passed_over",
         "pictures",
         "placement",
         "qat",
