@@ -34,6 +34,8 @@ __all__ = ["Dump", "Instrument", "NumericCheck", "NumericError", "format_diff", 
 
 TOLERANCE: Final = 1e-4
 """What float32 sums in another order may change of an output, as a part of its largest magnitude."""
+RESULT: Final = "return"
+"""Key of what a graph gives, among what its nodes give: a word that can name no node."""
 
 
 class Instrument:
@@ -175,7 +177,7 @@ class NumericCheck(Instrument):
                 f"pass {p.name} left a graph that does not run: {type(why).__name__}: {why}",
                 hint="correct the arguments of what the pass calls",
             ) from why
-        measured = _difference(old["output"], new["output"])
+        measured = _difference(old[RESULT], new[RESULT])
         self.differences[p.name] = measured
         allowed = {"exact": 0.0, "rounding": self.tolerance}.get(p.numeric, float("inf"))
         if measured > allowed:
@@ -187,9 +189,9 @@ class NumericCheck(Instrument):
     def _error(
         p: Pass, gm: fx.GraphModule, old: Mapping[str, Any], new: Mapping[str, Any], allowed: float
     ) -> NumericError:
-        first = next(n for n in gm.graph.nodes if n.name in old and _difference(old[n.name], new[n.name]) > allowed)
-        seen = _difference(old[first.name], new[first.name])
-        total = _difference(old["output"], new["output"])
+        first = next(n for n in gm.graph.nodes if _key(n) in old and _difference(old[_key(n)], new[_key(n)]) > allowed)
+        seen = _difference(old[_key(first)], new[_key(first)])
+        total = _difference(old[RESULT], new[RESULT])
         return error_at(
             NumericError,
             f"pass {p.name} declares itself {p.numeric} and changes the output by {total:.2g} of its "
@@ -202,7 +204,7 @@ class NumericCheck(Instrument):
 def node_values(
     gm: fx.GraphModule, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What each node of a graph gives, by name; ``output`` is the graph's own.
+    """What each node of a graph gives, by name; under :data:`RESULT` what the graph itself gives.
 
     Args:
         gm: A graph from fxq. A copy of it runs, in eval mode; quantizers that would observe, or have no
@@ -235,8 +237,12 @@ class _Recorder(Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         kept = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
-        self.values["output" if n.op == "output" else n.name] = kept
+        self.values[_key(n)] = kept
         return result
+
+
+def _key(node: fx.Node) -> str:
+    return RESULT if node.op == "output" else node.name
 
 
 def _difference(old: Any, new: Any) -> float:

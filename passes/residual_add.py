@@ -169,10 +169,17 @@ def _convolution(node: fx.Node, add: fx.Node, target: Target) -> fx.Node | None:
         if kind_name(node) in target.residual.weighted:
             return node
         moving = [a for a in node.args[:2] if isinstance(a, fx.Node) and constant(a) is None]
-        if kind_name(node) not in _AFFINE or len(moving) != 1:
+        if kind_name(node) not in _AFFINE or len(moving) != 1 or not _keeps_form(node, moving[0]):
             return None
         reader, node = node, moving[0]
     return None
+
+
+def _keeps_form(node: fx.Node, moving: fx.Node) -> bool:
+    """Whether the operation scales or shifts `moving` as it is: divides it, not by it, and broadcasts only to it."""
+    given, made = tensor_info(moving), tensor_info(node)
+    divides_by = kind_name(node) == "div" and node.args[0] is not moving
+    return not divides_by and given is not None and made is not None and given.shape == made.shape
 
 
 def _not_fusible(first: fx.Node, second: fx.Node, target: Target, order: Mapping[fx.Node, int]) -> _Declined:

@@ -365,6 +365,18 @@ def test_a_graph_that_does_not_run_any_more_is_the_passs_error() -> None:
         PassManager(instruments=[NumericCheck()]).run(Pipeline("p", (Overfed(),)), small())
 
 
+def test_an_input_may_be_called_output() -> None:
+    class Named(nn.Module):
+        def forward(self, output: Tensor) -> Tensor:
+            return torch.relu(output) * 2
+
+    gm = traced(Named(), image(2, 3))
+    with pytest.raises(PassError, match="the first node that differs is mul, by"):
+        PassManager(instruments=[NumericCheck()]).run(Pipeline("p", (Scaled(3.0),)), gm)
+    assert torch.equal(node_values(gm)["output"], image(2, 3))
+    assert torch.equal(node_values(gm)["return"], gm(image(2, 3)))
+
+
 def test_what_counts_as_a_difference() -> None:
     @dataclass(frozen=True)
     class Wider(Scaled):
@@ -384,19 +396,19 @@ def test_own_inputs_nested_inputs_and_what_is_random() -> None:
     gm = traced(nested_model(), *nested_inputs())
     named, pair = nested_inputs()
     values = node_values(gm)
-    torch.testing.assert_close(values["output"]["sum"], nested_model()(named, pair)["sum"])
+    torch.testing.assert_close(values["return"]["sum"], nested_model()(named, pair)["sum"])
     doubled = node_values(gm, ({k: 2 * v for k, v in named.items()}, pair))
-    assert not torch.equal(doubled["output"]["sum"], values["output"]["sum"])
+    assert not torch.equal(doubled["return"]["sum"], values["return"]["sum"])
 
     model = Lambda(lambda _, x: torch.nn.functional.dropout(x, 0.5, training=True))
     random = traced(model, image(4, 16))
-    assert torch.equal(node_values(random)["output"], node_values(random)["output"])
+    assert torch.equal(node_values(random)["return"], node_values(random)["return"])
 
 
 def test_values_are_those_before_a_write() -> None:
     values = node_values(traced(Lambda(lambda _, x: torch.relu_(x + 1)), image(3, 4)))
     assert bool((values["add"] < 0).any())
-    assert not bool((values["output"] < 0).any())
+    assert not bool((values["return"] < 0).any())
 
 
 # Hooks and the table.
@@ -477,4 +489,4 @@ def test_a_model_keeps_its_numbers_under_all_instruments() -> None:
 def test_seeded_models_are_what_the_check_runs() -> None:
     model = seeded(lambda: Lambda(lambda m, x: m.lin(x), lin=nn.Linear(3, 3)))
     x: Tensor = image(2, 3)
-    torch.testing.assert_close(node_values(traced(model, x))["output"], model(x))
+    torch.testing.assert_close(node_values(traced(model, x))["return"], model(x))

@@ -51,6 +51,15 @@ def test_nothing_straight_from_a_convolution() -> None:
     assert why_not(block(read_twice), image(*X)) == expected
 
 
+def test_a_convolution_that_is_not_only_scaled_or_shifted() -> None:
+    """A kernel scales and shifts its result by constants; it does not divide by it, nor broadcast it."""
+    expected = ("R23", "neither input comes straight from a convolution that nothing else reads")
+    assert why_not(block(lambda m, x: 2.0 / m.conv1(torch.relu(x)) + x), image(*X)) == expected
+    parts = {"one": nn.Conv2d(16, 16, 1), "wide": image(*X[1:])}
+    pooled = Lambda(lambda m, x: m.one(torch.relu(x.mean((2, 3), keepdim=True))) * m.wide + x, **parts)
+    assert why_not(pooled, image(*X)) == expected
+
+
 def test_a_linear_layer_is_no_convolution() -> None:
     model = seeded(lambda: Lambda(lambda m, x: m.fc(torch.relu(x)) + x, fc=nn.Linear(8, 8)))
     assert why_not(model, image(2, 8))[0] == "R23"
