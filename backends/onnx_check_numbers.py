@@ -11,7 +11,7 @@ from ..rules import Finding, Severity, check
 from .onnx_graph import WEIGHTED, OnnxGraph
 from .onnx_nodes import Node, Quant
 
-__all__ = ["output_axis", "scale_axis"]
+__all__ = ["TYPES", "output_axis", "scale_axis"]
 
 OPSETS: Final = (9, 25)
 """The opsets that TensorRT 11's parser documents (R8)."""
@@ -27,17 +27,6 @@ SMALLEST_NORMAL: Final = {
     "float16": 2.0**-14,
     "double": 2.0**-1022,
 }
-INTEGER_OPS: Final = frozenset(
-    {
-        "ConvInteger",
-        "DynamicQuantizeLinear",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "QAttention",
-        "QGemm",
-    }
-)
 
 
 def _repeated(graph: OnnxGraph, quant: Quant) -> bool:
@@ -170,14 +159,6 @@ def convolution_types(graph: OnnxGraph) -> Iterator[Finding]:
         types = sorted({dq.dtype for dq in found if dq is not None and dq.dtype in {"int4", FP4}})
         if types:
             yield node.finding("R13", "warning", f"a {node.op} that reads {' and '.join(types)}")
-
-
-@check("onnx", "R14")
-def integer_operators(graph: OnnxGraph) -> Iterator[Finding]:
-    """Operators on integers, which the parser does not have."""
-    for node in graph.nodes:
-        if node.op in INTEGER_OPS or node.op.startswith("QLinear"):
-            yield node.finding("R14", "error", f"TensorRT's parser has no {node.op}")
 
 
 @check("onnx", "R15")

@@ -143,6 +143,20 @@ class OnnxGraph:
         fold = FOLDS.get(node.op)
         return fold(*values) if fold and len(values) == len(inputs) else None
 
+    def stored(self, name: str) -> bool:
+        """Whether the file holds a tensor's values: an initializer, or a Constant."""
+        node = self.producers.get(name)
+        return name in self._initializers or (node is not None and node.op == "Constant")
+
+    def stored_value(self, name: str) -> npt.NDArray[Any] | None:
+        """The values of a :meth:`stored` tensor in its own type; None if they lie in a file out of reach."""
+        return self._value(name) if self.stored(name) else None
+
+    def proto(self, node: Node) -> onnx.NodeProto:
+        """A node as the file has it."""
+        proto: onnx.NodeProto = self._model.graph.node[node.index]
+        return proto
+
     @cached_property
     def _quants(self) -> dict[int, Quant]:
         return {n.index: self._quant(n) for n in self.nodes if n.op in QUANTIZE or n.op in DEQUANTIZE}

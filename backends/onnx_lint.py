@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..errors import FxqError
-from ..rules import RULES, Findings, rank, run_checks
-from . import onnx_check_kernels, onnx_check_numbers, onnx_check_placement
+from ..rules import RULES, Finding, Findings, Fixable, rank, run_checks
+from . import onnx_check_kernels, onnx_check_numbers, onnx_check_operators, onnx_check_placement
+from .onnx_fixes import EXACT, Planner
+from .onnx_fixes_rounding import ROUNDING
 from .onnx_graph import OnnxGraph
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["lint_onnx"]
 
-ROOMS = (onnx_check_numbers, onnx_check_placement, onnx_check_kernels)
+ROOMS = (onnx_check_numbers, onnx_check_operators, onnx_check_placement, onnx_check_kernels)
 """The rooms whose checks register when they are imported."""
 
 
@@ -34,7 +37,8 @@ def lint_onnx(
         rules: Ids of the rules to check; None (default) takes all.
 
     Returns:
-        The findings in the order of the graph's nodes; empty if there are none.
+        The findings in the order of the graph's nodes, each with whether :func:`.onnx_fix.fix_onnx` mends it; empty if
+        there are none.
 
     Raises:
         FxqError: There is no such file, it holds no ONNX model, or a rule is not in the table.
@@ -43,5 +47,23 @@ def lint_onnx(
         raise FxqError(f"no rule {', '.join(sorted(unknown))}", hint=f"the rules are {', '.join(RULES)}")
     graph = OnnxGraph(model)
     order = {node.name: node.index for node in graph.nodes}
-    found = run_checks("onnx", graph, rules=rules)
-    return Findings(tuple(sorted(found, key=lambda f: (order.get(f.node or "", -1), rank(f.rule)))))
+    found = sorted(run_checks("onnx", graph, rules=rules), key=lambda f: (order.get(f.node or "", -1), rank(f.rule)))
+    return Findings(tuple(_marked(graph, found)))
+
+
+def _marked(graph: OnnxGraph, found: Sequence[Finding]) -> list[Finding]:
+    """The findings with what a machine can mend of them."""
+    if not found:
+        return []
+    exact, rounding = (_mended(graph, planners) for planners in (EXACT, ROUNDING))
+
+    def kind(finding: Finding) -> Fixable:
+        key = (finding.rule, finding.node)
+        return "exact" if key in exact else "rounding" if key in rounding else ""
+
+    return [replace(finding, fixable=kind(finding)) for finding in found]
+
+
+def _mended(graph: OnnxGraph, planners: Sequence[Planner]) -> set[tuple[str, str | None]]:
+    fixes = [fix for planner in planners for fix in planner(graph)]
+    return {(rule, node) for fix in fixes for rule in fix.rules for node in fix.nodes}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import calibration_io, notebook_display, passes, pictures, qat
 from .ablation import sensitivity
-from .deployment import build, engine_report, export, lint, load_engine, predict
+from .deployment import build, engine_report, export, fix, lint, load_engine, predict
 from .editor import Editor
 from .errors import FxqError
 from .explanations import explain
@@ -60,6 +60,7 @@ __all__ = [
     "engine_report",
     "explain",
     "export",
+    "fix",
     "format_graph",
     "lint",
     "load_engine",

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .cli_build import build
+from .cli_lint import lint
 from .cli_quantize import quantize
 from .cli_run import run
 from .errors import FxqError
@@ -28,14 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class LintFormat(StrEnum):
-    """How findings are printed."""
-
-    TEXT = "text"
-    JSON = "json"
-    SARIF = "sarif"
 
 
 class ReportFormat(StrEnum):
@@ -66,31 +59,6 @@ def options(
     Exit codes: 0 all is well, 1 something was found, 2 the command could not be carried out.
     """
     debug.set(show_traceback)
-
-
-def lint(
-    path: OnnxFile,
-    form: Annotated[LintFormat, typer.Option("--format", help="How to print the findings.")] = LintFormat.TEXT,
-    output: Output = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 on warnings too.")] = False,
-) -> None:
-    """Check an ONNX file against TensorRT's rules; exits with 1 if it finds errors.
-
-    Example: fxq lint net.onnx --format sarif -o net.sarif
-    """
-    import fxq
-
-    from .sarif import findings_as_sarif
-
-    found = fxq.lint(path)
-    if form is LintFormat.TEXT:
-        text = str(found)
-    else:
-        data = found.to_dict() if form is LintFormat.JSON else findings_as_sarif(found, path)
-        text = json.dumps(data, indent=1)
-    give(text, output)
-    if found.errors or (strict and found.warnings):
-        raise typer.Exit(FOUND)
 
 
 def report(

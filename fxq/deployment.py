@@ -14,12 +14,13 @@ from .recipe import Match
 from .tracer import DynamicShapes
 
 if TYPE_CHECKING:
+    from .backends.onnx_fix import Fixed
     from .backends.trt_engine import Engine
     from .backends.trt_prediction import Prediction
     from .backends.trt_report import EngineReport
     from .rules import Findings
 
-__all__ = ["build", "engine_report", "export", "lint", "load_engine", "predict"]
+__all__ = ["build", "engine_report", "export", "fix", "lint", "load_engine", "predict"]
 
 
 def export(
@@ -142,6 +143,31 @@ def lint(model: fx.GraphModule | str | Path) -> Findings:
     from .backends.onnx_lint import lint_onnx
 
     return lint_onnx(model)
+
+
+def fix(path: str | Path, output: str | Path | None = None, *, in_place: bool = False, rounding: bool = False) -> Fixed:
+    """Mend what :func:`lint` finds in an ONNX file, as far as a machine can.
+
+    The result is checked by ONNX and linted before it is written.
+
+    Args:
+        path: An ONNX file from any tool.
+        output: Where to write; None (default) takes the file's name with ``.fixed`` before its suffix. Written whole or
+            not at all.
+        in_place: Replace the file itself.
+        rounding: Also make the changes by which a rounding goes or comes, such as reading the skip of a residual
+            addition in INT8 (R23): outputs change slightly. Without it (default) the file computes the same as before.
+
+    Returns:
+        What was changed and what the linter still finds; print it, or take ``to_dict()``.
+
+    Raises:
+        FxqError: There is no such file, it holds no ONNX model, or `output` is the file itself.
+        ExportError: ONNX's checker refuses the file.
+    """
+    from .backends.onnx_fix import fix_onnx
+
+    return fix_onnx(path, output, in_place=in_place, rounding=rounding)
 
 
 def predict(path: str | Path, *, library: str = "tensorrt") -> Prediction:

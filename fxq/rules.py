@@ -27,11 +27,13 @@ from .errors import FxqError
 
 __all__ = [
     "FILES",
+    "FIX_OPTIONS",
     "RULES",
     "SEVERITIES",
     "Check",
     "Finding",
     "Findings",
+    "Fixable",
     "GraphKind",
     "RuleInfo",
     "Severity",
@@ -53,6 +55,15 @@ SEVERITIES: Final[tuple[Severity, ...]] = ("error", "warning", "advice")
 
 GraphKind: TypeAlias = Literal["onnx", "fx"]
 
+Fixable: TypeAlias = Literal["", "exact", "rounding"]
+"""Whether a machine can mend a finding, and at what cost.
+
+``exact``: the mended file computes the same, rounding for rounding. ``rounding``: a rounding goes or comes, so that
+the outputs change slightly. ``""``: it takes a person, or data.
+"""
+FIX_OPTIONS: Final[Mapping[Fixable, str]] = {"exact": "--fix", "rounding": "--fix-rounding"}
+"""The command line's names for them."""
+
 WIDTH: Final = 110
 
 
@@ -68,6 +79,7 @@ class RuleInfo:
         trt: The TensorRT versions it is known to hold for; None for all with explicit quantization.
         check: What a check of a graph looks at; None if a graph cannot show the rule.
         source: Where the rule stands, such as the part of the backend that makes it so; None where it is not given.
+        fixable: What ``fxq lint --fix`` and ``--fix-rounding`` do of it; None for nothing.
     """
 
     id: str
@@ -77,6 +89,7 @@ class RuleInfo:
     trt: str | None = None
     check: str | None = None
     source: str | None = None
+    fixable: str | None = None
 
     @property
     def family(self) -> str:
@@ -121,6 +134,7 @@ class Finding:
         fix: What to do; "" takes the rule's.
         module_path: Dotted path of the user's module that the node came from, if the graph says so.
         source: The user's ``file:line``, if the graph says so.
+        fixable: Whether ``fxq lint --fix`` mends it: ``"exact"``, ``"rounding"`` or ``""``.
 
     Raises:
         FxqError: There is no such rule or severity.
@@ -134,6 +148,7 @@ class Finding:
     fix: str = ""
     module_path: str | None = None
     source: str | None = None
+    fixable: Fixable = ""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -149,7 +164,7 @@ class Finding:
         return " at ".join(part for part in (self.module_path, self.source) if part)
 
     def __str__(self) -> str:
-        text = f"{self.severity} {self.rule} {self.node or 'the file'}: {self.message}"
+        text = f"{self.severity} {self.rule} {self.node or 'the file'}: {self.message}{_mended(self)}"
         return f"{text} ({self.place})" if self.place else text
 
 
@@ -231,11 +246,15 @@ class Findings(Sequence[Finding]):
         return sorted(groups.items(), key=lambda row: (SEVERITIES.index(row[0][0]), rank(row[0][1])))
 
 
+def _mended(finding: Finding) -> str:
+    return f" [fixed by {FIX_OPTIONS[finding.fixable]}]" if finding.fixable else ""
+
+
 def _section(severity: Severity, rule: str, found: Sequence[Finding]) -> str:
     """The findings of one rule: its title, a line for each place, and each why and fix once."""
     lines = [f"{severity}  {rule}  {RULES[rule].title}"]
     for finding in found:
-        lines += _wrap(f"- {finding.node or 'the file'}: {finding.message}", indent=4)
+        lines += _wrap(f"- {finding.node or 'the file'}: {finding.message}{_mended(finding)}", indent=4)
         lines += [f"    {finding.place}"] if finding.place else []
     for label, texts in (("why: ", [f.why for f in found]), ("fix: ", [f.fix for f in found])):
         lines += [line for text in dict.fromkeys(texts) for line in _wrap(label + text, indent=7)]
@@ -243,7 +262,7 @@ def _section(severity: Severity, rule: str, found: Sequence[Finding]) -> str:
 
 
 def _section_html(severity: Severity, rule: str, found: Sequence[Finding]) -> html.Html:
-    rows = [(finding.node or "the file", finding.message, finding.place) for finding in found]
+    rows = [(finding.node or "the file", finding.message + _mended(finding), finding.place) for finding in found]
     head = html.element("p", html.element("strong", f"{severity}  {rule}  {RULES[rule].title}"))
     whys = [html.element("p", f"why: {text}") for text in dict.fromkeys(f.why for f in found)]
     fixes = [html.element("p", f"fix: {text}") for text in dict.fromkeys(f.fix for f in found)]
@@ -360,7 +379,7 @@ The rules that fxq places quantizers by, cites in its reports and looks for in O
 
 A finding is an **error** where TensorRT refuses the network, cannot run the layer as it is meant or computes
 something else, a **warning** where the network builds and loses speed or accuracy, and **advice** where it
-is a kernel heuristic or costs little.
+is a kernel heuristic or costs little. Some findings `fxq lint --fix` mends by itself: see [lint.md](lint.md).
 """
     runtime = """
 # ONNX Runtime's rules for 8-bit graphs on a CPU
@@ -378,8 +397,13 @@ def _rule_as_markdown(rule: RuleInfo) -> str:
         ("TensorRT", rule.trt),
         ("Checked", rule.check),
         ("From", rule.source),
+        ("Fixed by a machine", rule.fixable),
     ]
-    items = [textwrap.fill(f"- *{label}*: {text}", WIDTH, subsequent_indent="  ") for label, text in rows if text]
+    items = [
+        textwrap.fill(f"- *{label}*: {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        for label, text in rows
+        if text
+    ]
     return f"\n## {rule.id}: {rule.title}\n\n" + "\n".join(items) + "\n"
 
 

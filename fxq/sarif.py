@@ -56,6 +56,8 @@ def _result(finding: Finding, index: int, file: str | Path | None) -> dict[str, 
         "message": {"text": f"{finding.message}. {finding.why} Fix: {finding.fix}"},
         "locations": [location] if location else [],
     }
+    if finding.fixable:
+        result["properties"] = {"fixable": finding.fixable}
     name, _, line = (finding.source or "").rpartition(":")
     if name and line.isdigit() and int(line) > 0:
         region = {"startLine": int(line)}

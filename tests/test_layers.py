@@ -113,7 +113,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "demo"),
     ("image_folder", "terminal"),
     ("entry_points",),
-    ("cli", "cli_build", "cli_quantize", "cli_run"),
+    ("cli", "cli_build", "cli_lint", "cli_quantize", "cli_run"),
     ("__main__",),
 )
 # Beside the order: who may not see whom although it comes later.

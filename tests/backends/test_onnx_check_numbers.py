@@ -77,27 +77,6 @@ def int4_convolution() -> onnx.ModelProto:
     return net.model(net.conv("x", "conv", weight=weight), opset=21)
 
 
-def integer_op() -> onnx.ModelProto:
-    net = Net()
-    integers = net.q("x", "x_q")
-    weight = net.constant("w", np.ones((32, 32, 1, 1), np.int8))
-    sums = net.op("ConvInteger", [integers, weight], "conv")
-    return net.model(net.op("Cast", [sums], "y", to=TensorProto.FLOAT))
-
-
-def contrib_op() -> onnx.ModelProto:
-    net = Net()
-    parameters = [net.constant("scale", np.float32(0.05)), net.constant("zero", np.int8(0))]
-    integers = net.q("x", "x_q")
-    total = net.op(
-        "QLinearAdd",
-        [integers, *parameters, integers, *parameters, *parameters],
-        "sum",
-        domain="com.microsoft",
-    )
-    return net.model(net.conv(net.dq(total, "sum_dq"), "conv"))
-
-
 def conv_axis(axis: int, op: str = "Conv") -> onnx.ModelProto:
     net = Net()
     return net.model(net.conv(net.qdq("x"), "conv", weight=net.weight("conv", (32, 32, 3, 3), axis), op=op))
@@ -175,8 +154,6 @@ BROKEN: dict[str, tuple[Make, list[Wanted]]] = {
     "INT4 in blocks of 32": (lambda: int4_product(32), [("R12", "warning", "w_dq")]),
     "INT4 activation": (int4_activation, [("R12", "warning", "x_q")]),
     "INT4 convolution": (int4_convolution, [("R13", "warning", "conv")]),
-    "ConvInteger": (integer_op, [("R14", "error", "conv")]),
-    "QLinearAdd": (contrib_op, [("R14", "error", "sum")]),
     "per channel in opset 12": (lambda: first_conv(opset=12), [("R15", "error", "conv_w_q")]),
     "half scales in opset 18": (lambda: first_conv(scale_dtype=np.float16), [("R15", "error", "x_q")]),
     "FP8 in opset 18": (lambda: fp8_convolution(32, 32, opset=18), [("R15", "error", "conv_w_q")]),

@@ -171,7 +171,18 @@ def input_pair(scale: float = 0.05, **options: int) -> onnx.ModelProto:
     return net.model(net.conv(net.qdq("x", scale, **options), "conv"))
 
 
+def stored_between(op: str) -> onnx.ModelProto:
+    """A stored INT8 weight that goes through an operation to its DQ."""
+    net = Net()
+    weight = net.constant("w", np.ones((32, 32, 3, 3), np.int8))
+    bounds = [net.constant("low", np.int8(-127)), net.constant("high", np.int8(127))] if op == "Clip" else []
+    between = net.op(op, [weight, *bounds], "between")
+    return net.model(net.conv(net.qdq("x"), "conv", weight=net.dq(between, "w_dq", np.full(32, 0.003), axis=0)))
+
+
 REFUSED: dict[str, tuple[Make, str]] = {
+    "clipped constant": (lambda: stored_between("Clip"), "R14"),
+    "passed on constant": (lambda: stored_between("Identity"), "R14"),
     "zero point": (lambda: input_pair(zero=3), "R9"),
     "negative scale": (lambda: input_pair(-0.05), "R9"),
     "int32 bias": (refused_bias, "R17"),

@@ -265,3 +265,44 @@ def test_a_process_of_its_own(folder: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "R9" in done.stdout
     assert done.stderr == ""
+
+
+class TestLintFix:
+    """``fxq lint --fix``: what it writes, prints and exits with."""
+
+    def test_it_writes_beside_the_file_and_says_what_it_did(self, folder: Path) -> None:
+        onnx.save(residual("shared", conv=True), folder / "both.onnx")
+        before = (folder / "both.onnx").read_bytes()
+        done = fxq("lint", "both.onnx", "--fix-rounding")
+        assert done.exit_code == 0, done.output
+        assert "fixed: R23 add: let it read 'conv2' in float (other rounding)" in done.output
+        assert "left: no findings" in done.output
+        assert "wrote both.fixed.onnx" in done.output
+        assert (folder / "both.onnx").read_bytes() == before
+        assert not lint_onnx(folder / "both.fixed.onnx")
+        assert "[fixed by --fix-rounding]" in fxq("lint", "both.onnx").output
+
+    def test_the_exit_code_is_that_of_what_is_left(self, folder: Path) -> None:
+        assert fxq("lint", "skip.onnx", "--fix", "--strict", "-o", "out.onnx").exit_code == 1
+        assert fxq("lint", "skip.onnx", "--fix-rounding", "--strict", "-o", "out.onnx").exit_code == 0
+        assert fxq("lint", "bad.onnx", "--fix").exit_code == 1
+        assert (folder / "bad.fixed.onnx").read_bytes() == (folder / "bad.onnx").read_bytes()
+
+    def test_in_place(self, folder: Path) -> None:
+        done = fxq("lint", "skip.onnx", "--fix-rounding", "--in-place")
+        assert "wrote skip.onnx" in done.output
+        assert not lint_onnx(folder / "skip.onnx")
+        assert "skip.onnx is as it was" in fxq("lint", "skip.onnx", "--fix-rounding", "--in-place").output
+        refused = fxq("lint", "skip.onnx", "--in-place")
+        assert refused.exit_code == 2
+        assert "add --fix" in refused.output
+
+    @pytest.mark.usefixtures("folder")
+    def test_as_data(self) -> None:
+        done = CliRunner().invoke(app, ["lint", "skip.onnx", "--fix-rounding", "--format", "json"])
+        data = json.loads(done.stdout)
+        assert [change["rule"] for change in data["changes"]] == ["R23"]
+        assert data["left"]["findings"] == []
+        left = json.loads(CliRunner().invoke(app, ["lint", "skip.onnx", "--fix", "--format", "sarif"]).stdout)
+        (result,) = left["runs"][0]["results"]
+        assert result["properties"] == {"fixable": "rounding"}

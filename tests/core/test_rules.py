@@ -81,7 +81,9 @@ class TestTable:
         text = " ".join(rules_as_markdown().split())
         for rule in RULES.values():
             assert f"## {rule.id}: {rule.title}" in text
-            assert all(part in text for part in (rule.why, rule.fix, rule.trt, rule.check, rule.source) if part)
+            assert all(
+                part in text for part in (rule.why, rule.fix, rule.trt, rule.check, rule.source, rule.fixable) if part
+            )
 
     def test_the_module_prints_the_page(self) -> None:
         command = [sys.executable, "-m", "fxq.rules"]
@@ -94,7 +96,7 @@ class TestTable:
             own = yaml.safe_load((ROOT / "fxq" / file).read_text(encoding="utf-8"))
             assert {RULES[name].family for name in own} == {family}
             data |= own
-        known = {"title", "why", "fix", "trt", "check", "source"}
+        known = {"title", "why", "fix", "trt", "check", "source", "fixable"}
         assert {name: set(row) - known for name, row in data.items()} == {name: set() for name in RULES}
 
 

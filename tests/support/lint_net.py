@@ -12,8 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from fxq.backends.onnx_fix import fix_model
 from fxq.backends.onnx_lint import lint_onnx
-from fxq.rules import Findings, checks
+from fxq.rules import RULES, Findings, checks
 
 Make = Callable[[], onnx.ModelProto]
 Wanted = tuple[str, str, str | None]
@@ -154,6 +155,22 @@ def fp8_convolution(
     return net.model(net.conv(source, "conv", (into, out), kernel=kernel, group=group, weight=weight), opset=opset)
 
 
+def clipped_or_moved(op: str | None, *, activation: bool = False) -> onnx.ModelProto:
+    """A convolution whose integers, of the weight or of the activation, go through one operation to their DQ."""
+    net = Net()
+    if activation:
+        data = net.q("x", "x_q")
+    else:
+        data = net.constant("w", net.random.integers(-127, 128, (32, 32, 3, 3)).astype(np.int8))
+    bounds = [net.constant("low", np.int8(-127)), net.constant("high", np.int8(127))]
+    if op is not None:
+        inputs, options = ([data, *bounds], {}) if op == "Clip" else ([data], {"perm": [0, 1, 3, 2]})
+        data = net.op(op, inputs, "between", **options)
+    if activation:
+        return net.model(net.conv(net.dq(data, "x_dq"), "conv"))
+    return net.model(net.conv(net.qdq("x"), "conv", weight=net.dq(data, "w_dq", np.full(32, 0.003), axis=0)))
+
+
 def brief(findings: Findings) -> list[Wanted]:
     """Findings without their texts."""
     return [(f.rule, f.severity, f.node) for f in findings]
@@ -184,6 +201,19 @@ class RoomOfChecks:
     def test_nothing_is_found_on_a_right_graph(self, graph: str) -> None:
         findings = lint_onnx(self.right[graph]())
         assert not findings, str(findings)
+
+    @pytest.mark.parametrize("rounding", [False, True])
+    def test_what_is_called_fixable_is_fixed_and_nothing_else(self, mistake: str, rounding: bool) -> None:
+        model = self.broken[mistake][0]()
+        allowed = {"exact", "rounding"} if rounding else {"exact"}
+        before = lint_onnx(model)
+        changes = fix_model(model, rounding=rounding)
+        assert bool(changes) == any(finding.fixable in allowed for finding in before)
+        assert all(RULES[finding.rule].fixable for finding in before if finding.fixable)
+        left = lint_onnx(model)
+        assert not [finding for finding in left if finding.fixable in allowed]
+        assert [f for f in before if not f.fixable] == [f for f in left if not f.fixable]
+        assert fix_model(model, rounding=rounding) == ()
 
     def test_each_rule_of_the_room_has_a_broken_graph(self) -> None:
         mine = [c for c in checks("onnx") if c.run.__module__ == self.room.__name__]
