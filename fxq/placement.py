@@ -1,9 +1,8 @@
-"""Reading a graph's placement: what runs in low precision, through which quantizers, and in numbers."""
+"""Reading a graph's placement: what runs in low precision, and through which quantizers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,26 +10,23 @@ import torch
 from torch import fx
 
 from .batch_norm import TrainedBatchNorm
-from .graph import attribute, constant, edge_annotations, origin, state, tensor_info
+from .graph import attribute, edge_annotations, origin, state, tensor_info
 from .ops import WEIGHTED_MODULES, kind_name, products
 from .qdq import DEQUANTIZE, QUANTIZE
-from .recipe import QDType, QSpec
+from .recipe import QSpec
 from .verify import is_dequantized, quantizer_of
 
 __all__ = [
     "SKIP_RULES",
     "EdgeRow",
     "OpRow",
-    "Totals",
     "behind_norm",
-    "count",
     "edge_rows",
     "hidden_products",
     "operations",
     "read_tensor",
 ]
 
-_SCALE_BYTES: Final = 4
 SKIP_RULES: Final = ("R23", "R24")
 """The rules by which the skip of a residual addition is quantized."""
 
@@ -97,33 +93,6 @@ class OpRow:
     def low(self) -> bool:
         """Whether it runs in low precision."""
         return self.precision != "float"
-
-
-@dataclass(frozen=True)
-class Totals:
-    """The report in numbers.
-
-    Attributes:
-        weighted: Convolutions and matrix products in all, those inside modules that are kept whole too.
-        weighted_quantized: How many of them are quantized.
-        residuals: Residual additions in all.
-        skips_quantized: How many of them read their skip quantized.
-        identity_skips_quantized: How many of those skips are the block's own input, and no projection of it.
-        activation_quantizers: Quantizers of activations.
-        weight_quantizers: Quantizers of weights.
-        float_bytes: Bytes of all parameters and buffers that the graph reads, as the model had them.
-        bytes: The same as they are stored once converted: packed integers, and float32 scales.
-    """
-
-    weighted: int
-    weighted_quantized: int
-    residuals: int
-    skips_quantized: int
-    identity_skips_quantized: int
-    activation_quantizers: int
-    weight_quantizers: int
-    float_bytes: int
-    bytes: int
 
 
 def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
@@ -239,68 +208,3 @@ def _scale_of(gm: fx.GraphModule, read: fx.Node) -> torch.Tensor | None:
     real = read if read.target is DEQUANTIZE else read.args[0]
     found = attribute(gm, str(real.args[1].target))  # type: ignore[union-attr]
     return found if isinstance(found, torch.Tensor) else None
-
-
-def count(gm: fx.GraphModule, rows: Iterable[OpRow]) -> Totals:
-    """The rows of a graph in numbers."""
-    rows = tuple(rows)
-    weighted = [row for row in rows if row.weighted]
-    skips = [row for row in rows if row.residual]
-    quantized = [n for n in gm.graph.nodes if quantizer_of(n) is not None or n.target is DEQUANTIZE]
-    weights = [_as_read(n) for n in quantized if read_tensor(n).op == "get_attr"]
-    before, after = _bytes(gm, weights)
-    return Totals(
-        weighted=sum(row.weighted for row in weighted),
-        weighted_quantized=sum(row.weighted for row in weighted if row.low),
-        residuals=len(skips),
-        skips_quantized=sum(row.low for row in skips),
-        identity_skips_quantized=sum(row.low and row.identity for row in skips),
-        activation_quantizers=len(quantized) - len(weights),
-        weight_quantizers=len(weights),
-        float_bytes=before,
-        bytes=after,
-    )
-
-
-def _bytes(gm: fx.GraphModule, weights: Iterable[fx.Node]) -> tuple[int, int]:
-    """Bytes of all that is stored and read, as float, and with the quantized weights as integers."""
-    before = after = 0
-    low = {str(read_tensor(node).target): node for node in weights}
-    for node in gm.graph.nodes:
-        tensor = constant(node)
-        if tensor is None or str(node.target) in low or _only_scales(node):
-            continue
-        before, after = before + tensor.nbytes, after + tensor.nbytes
-    for node in low.values():
-        info = tensor_info(node)
-        elements = math.prod(info.shape) if info is not None else 0
-        before += elements * (info.dtype.itemsize if info is not None else 0)
-        spec = _spec_of(node)
-        after += math.ceil(elements * _bits(spec.qdtype) / 8)
-        after += _SCALE_BYTES * (1 if spec.axis is None or info is None else info.shape[spec.axis])
-    leaves = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and quantizer_of(n) is None}
-    whole = sum(t.nbytes for path in leaves for t in attribute(gm, path).state_dict().values())
-    return before + whole, after + whole
-
-
-def _as_read(real: fx.Node) -> fx.Node:
-    """What operations read of a dequantized tensor: itself, or the cast behind it."""
-    return next((user for user in real.users if is_dequantized(user)), real)
-
-
-def _only_scales(node: fx.Node) -> bool:
-    return all(user.target in (QUANTIZE, DEQUANTIZE) for user in node.users)
-
-
-def _spec_of(quantized: fx.Node) -> QSpec:
-    """The spec by which a quantized weight is read."""
-    return next(
-        annotation.spec
-        for user in quantized.users
-        for edge, annotation in edge_annotations(user).items()
-        if isinstance(edge, int) and user.args[edge] is quantized and annotation.spec is not None
-    )
-
-
-def _bits(dtype: QDType) -> int:
-    return dtype.storage.itemsize * 8 if dtype.floating else int(dtype.qmax - dtype.qmin).bit_length()

@@ -15,8 +15,9 @@ from torch import fx
 from . import html
 from .calibration_report import RANDOM_DATA
 from .graph import Note, state
-from .placement import EdgeRow, OpRow, Totals, count, operations
+from .placement import EdgeRow, OpRow, operations
 from .tables import plain_console
+from .totals import Totals, count
 
 __all__ = ["EdgeRow", "OpRow", "Report", "Totals", "report", "stage_of", "warnings_of"]
 

@@ -90,6 +90,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ranks",
         "reports",
         "stepping",
+        "totals",
     ),
     ("passes",),
     ("backends",),
@@ -187,6 +188,12 @@ def violations(root: Path, layers: Sequence[Sequence[str]] = LAYERS) -> list[str
 
 def test_every_import_points_one_way() -> None:
     assert violations(ROOT) == []
+
+
+def test_every_room_stands_in_the_design() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rooms_of_fxq = {file.name for module, file in rooms(ROOT).items() if module.count(".") == 1} - {"__init__.py"}
+    assert sorted(name for name in rooms_of_fxq if f"`fxq/{name}`" not in design) == []
 
 
 def test_no_place_is_empty() -> None:

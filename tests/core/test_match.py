@@ -1,29 +1,21 @@
-"""Patterns: what they find, in which order, why not, and at what cost; and the passes made of them."""
+"""Patterns: what they find, in which order, and why not."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import calls_of
-from placing import Lambda, before, check_pass, node
+from placing import Lambda, before
 from torch import Tensor, fx, nn
-from toys import basic_net, image, seeded, traced
+from toys import image, seeded, traced
 
-from fxq.editor import Editor
 from fxq.errors import PassError
-from fxq.graph import state
-from fxq.match import MAX_READERS, Constant, Match, OneOf, Op, Pattern, Var, explain, find, maybe
+from fxq.match import MAX_READERS, Constant, OneOf, Op, Pattern, Var, explain, find, maybe
 from fxq.ops import kind_name
-from fxq.printer import format_graph
 from fxq.random_models import random_model
-from fxq.rewriting import RewritePass
 
 X = image(2, 4, 5, 5)
 
@@ -43,6 +35,8 @@ def conv() -> nn.Module:
 
 
 CONV = Op("conv2d", Var("x"), Constant("weight"), name="conv")
+
+
 CHAIN = Pattern(maybe("relu", maybe("batch_norm", CONV, name="norm"), name="act"))
 
 
@@ -310,185 +304,3 @@ def test_asking_a_match_for_what_it_has_not() -> None:
     with pytest.raises(PassError, match="no part called 'z'") as caught:
         match["z"]
     assert caught.value.hint == "it has x, y"
-
-
-# Cost.
-
-
-def long_graph(length: int) -> fx.Graph:
-    """`length` calls, of which a pattern finds some and nearly finds others."""
-    g = fx.Graph(nn.Module())
-    x = y = g.placeholder("x")
-    for i in range(length // 4):
-        y = g.call_function(F.conv2d, (y, x, None))
-        y = g.call_function((torch.relu, F.silu)[i % 2], (y,))
-        y = g.call_function(torch.mul, (y, g.call_function(torch.sigmoid, (y if i % 3 else x,))))
-    g.output(y)
-    return g
-
-
-def patterns() -> dict[str, Pattern]:
-    x = Var("x")
-    conv_ = Op("conv2d", Var("y"))
-    return {
-        "chain": Pattern(maybe("relu", maybe("batch_norm", conv_))),
-        "swish": Pattern(Op("mul", x, Op("sigmoid", x), commutative=True)),
-        "deep": Pattern(Op("mul", maybe("relu", Op("conv2d", Op("mul"))), Op("sigmoid"), commutative=True)),
-        "pair": Pattern(Op("mul", x, Var()), Op("sigmoid", x)),
-    }
-
-
-@pytest.mark.parametrize("name", patterns())
-def test_visits_grow_with_the_graph(name: str) -> None:
-    pattern = patterns()[name]
-    small, large = (find(long_graph(n), pattern) for n in (1_000, 10_000))
-    assert len(large.matches) + len(large.misses) > 1_000
-    assert large.visits <= 10.1 * small.visits
-    assert large.visits < 20 * 10_000
-
-
-def test_a_tensor_that_everyone_reads_costs_no_more() -> None:
-    def wide(width: int) -> fx.Graph:
-        g = fx.Graph(nn.Module())
-        y = x = g.call_function(torch.relu, (g.placeholder("x"),))
-        for _ in range(width):
-            y = g.call_function(operator.add, (y, g.call_function(torch.sigmoid, (x,))))
-        g.output(y)
-        return g
-
-    calls = {}
-    for width in (500, 5_000):
-        calls[width] = calls_of(partial(find, wide(width), Pattern(Op("sigmoid", Op("relu")))))
-    assert calls[5_000] <= 10.1 * calls[500]
-
-
-# Passes made of patterns.
-
-
-@dataclass(frozen=True)
-class SquareOfSum(RewritePass):
-    """``(a + b) * (a + b)`` becomes ``pow(a + b, 2)``; a sum with a number is left alone."""
-
-    name = "square-of-sum"
-    requires = ("canonical",)
-    numeric = "rounding"
-
-    def pattern(self) -> Pattern:
-        total = Op("add", Var("a"), Var("b"), name="total")
-        return Pattern(Op("mul", total, total))
-
-    def check(self, match: Match) -> str | None:
-        return None if match.get("b") else f"{match['total'].name} adds a number"
-
-    def rewrite(self, editor: Editor, match: Match) -> None:
-        editor.retarget(match.output, operator.pow, (match["total"], 2))
-
-
-def test_a_rewrite_pass() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        y, z = x + m.c(x), x + 1
-        return y * y + z * z
-
-    model = seeded(lambda: Lambda(forward, c=conv()))
-    gm = before("fuse-batch-norm", model, X)
-    result = check_pass(SquareOfSum(), gm)
-    assert result.modified
-    assert node(result.graph_module, "mul").target is operator.pow
-    assert node(result.graph_module, "mul_1").target is operator.mul
-    (note,) = result.notes
-    assert (note.node, note.rule, note.kind) == ("mul_1", "square-of-sum", "declined")
-    assert note.text == "left alone: add_1 adds a number"
-    torch.testing.assert_close(result.graph_module(X), model(X))
-    assert SquareOfSum().explain(gm).startswith("1 matches\n  at mul\nnearest miss at mul_1")
-    assert not SquareOfSum()(before("fuse-batch-norm", basic_net(), image(2, 3, 16, 16))).modified
-
-
-@dataclass(frozen=True)
-class Collapse(RewritePass):
-    """``relu(relu(x))`` becomes ``relu(x)``."""
-
-    name = "collapse"
-
-    def pattern(self) -> Pattern:
-        return Pattern(Op("relu", Op("relu", Var("x"), name="inner")))
-
-    def rewrite(self, editor: Editor, match: Match) -> None:
-        editor.replace(match.output, match["inner"])
-        editor.erase(match.output)
-
-
-def test_a_pattern_is_rewritten_until_none_is_left() -> None:
-    def forward(_: Any, x: Tensor) -> Tensor:
-        for _ in range(9):
-            x = torch.relu(x)
-        return x
-
-    gm = before("fuse-batch-norm", Lambda(forward), X)
-    result = check_pass(Collapse(), gm)
-    assert [n.op for n in result.graph_module.graph.nodes] == ["placeholder", "call_function", "output"]
-    assert result.counts["erased"] == 8
-
-
-@dataclass(frozen=True)
-class ReadsBefore(RewritePass):
-    """``sigmoid(relu(x))`` becomes ``sigmoid(x)``: back to back, each match reads what another one gives."""
-
-    name = "reads-before"
-
-    def pattern(self) -> Pattern:
-        return Pattern(Op("sigmoid", Op("relu", Var("x"))))
-
-    def rewrite(self, editor: Editor, match: Match) -> None:
-        with editor.before(match.output):
-            made = editor.call(torch.sigmoid, (match["x"],), like=match.output)
-        editor.replace(match.output, made)
-        editor.erase_dead([match.output])
-
-
-def test_back_to_back_rewrites() -> None:
-    def forward(_: Any, x: Tensor) -> Tensor:
-        for _ in range(4):
-            x = torch.sigmoid(torch.relu(x))
-        return x
-
-    result = check_pass(ReadsBefore(), before("fuse-batch-norm", Lambda(forward), X))
-    assert "relu" not in format_graph(result.graph_module)
-    assert result.counts["created"] == 4
-    expected = X
-    for _ in range(4):
-        expected = torch.sigmoid(expected)
-    assert torch.equal(result.graph_module(X), expected)
-    assert state(result.graph_module).notes == ()
-
-
-@dataclass(frozen=True)
-class Endless(Collapse):
-    """A rewrite that leaves its own pattern."""
-
-    name = "endless"
-    rounds = 5
-
-    def rewrite(self, editor: Editor, match: Match) -> None:
-        with editor.before(match.output):
-            made = editor.call(torch.relu, (match["inner"],), like=match.output)
-        editor.replace(match.output, made)
-        editor.erase(match.output)
-
-
-@dataclass(frozen=True)
-class Idle(Collapse):
-    """A rewrite that does nothing."""
-
-    name = "idle"
-
-    def rewrite(self, editor: Editor, match: Match) -> None:
-        pass
-
-
-def test_a_rewrite_that_does_not_end() -> None:
-    gm = before("fuse-batch-norm", Lambda(lambda _, x: torch.relu(torch.relu(x))), X)
-    with pytest.raises(PassError, match="pass endless still finds its pattern after 5 rounds") as caught:
-        Endless()(gm)
-    assert "test_match.py:" in str(caught.value.source)
-    with pytest.raises(PassError, match="pass idle found its pattern and changed nothing"):
-        Idle()(gm)

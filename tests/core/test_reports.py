@@ -14,10 +14,11 @@ from toys import basic_net, image, lenet, seeded, traced
 
 import fxq
 from fxq.calibration import calibrate
-from fxq.placement import EdgeRow, OpRow, Totals
+from fxq.placement import EdgeRow, OpRow
 from fxq.quantizer import quantizers
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
 from fxq.reports import Report
+from fxq.totals import Totals
 
 X = (2, 3, 16, 16)
 
