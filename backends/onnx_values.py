@@ -58,6 +58,12 @@ def _parsed(model: str | PathLike[str] | bytes) -> tuple[onnx.ModelProto, str]:
     import onnx
     from google.protobuf.message import DecodeError
 
+    given: object = model
+    if not isinstance(given, str | bytes | PathLike):
+        kind = type(given).__name__
+        raise FxqError(
+            f"a {kind} is no ONNX model", hint="give an ONNX file; fxq.export writes one of a converted graph"
+        )
     name = "the given bytes" if isinstance(model, bytes) else fspath(model)
     hint = "name a file in ONNX's format"
     try:

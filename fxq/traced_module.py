@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import fx, nn
 
@@ -16,6 +16,14 @@ __all__ = ["TracedModule", "free_names"]
 
 class TracedModule(fx.GraphModule):
     """A GraphModule that says where a call of it failed, as a note on the error, whatever its type."""
+
+    _wrapped_call: ClassVar[Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # torch.fx makes a class for each graph. Its own wrapper around calls prints to stderr what the note says, and
+        # takes the error's traceback away; it leaves alone a class that has one already.
+        cls._wrapped_call = staticmethod(TracedModule.__call__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from lint_net import IMAGE, Make, Net, brief, residual
 from onnx import TensorProto, helper
 
+import fxq
 from fxq.backends.onnx_lint import lint_onnx
 from fxq.errors import FxqError
 from fxq.rules import RULES, checks
@@ -94,6 +96,11 @@ class TestInput:
         for source in (path, content):
             with pytest.raises(FxqError, match="no ONNX model in"):
                 lint_onnx(source)
+
+    def test_a_model_of_pytorchs(self) -> None:
+        with pytest.raises(FxqError, match="a Linear is no ONNX model") as caught:
+            fxq.lint(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        assert "fxq.export" in str(caught.value.hint)
 
     def test_only_some_rules(self) -> None:
         assert not lint_onnx(residual(None), rules=["R24"])

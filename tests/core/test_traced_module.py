@@ -57,7 +57,7 @@ def test_other_names_are_kept() -> None:
     assert traced(model, image(1, 3, 16, 16)).state_dict().keys() == model.state_dict().keys()
 
 
-def test_a_call_that_fails_names_node_module_and_line() -> None:
+def test_a_call_that_fails_names_node_module_and_line(capsys: pytest.CaptureFixture[str]) -> None:
     gm = traced(basic_net(), image(2, 3, 16, 16))
     for each in (gm, copy.deepcopy(gm)):
         assert isinstance(each, TracedModule)
@@ -67,6 +67,7 @@ def test_a_call_that_fails_names_node_module_and_line() -> None:
         assert note.startswith("in node stem_0, of module stem.0, at ")
         assert "toys.py:" in note
         assert note.endswith("whose inputs had the shapes x [2, 3, 16, 16] when it was traced")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_later_stages_name_it_too() -> None:
