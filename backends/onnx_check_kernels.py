@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from ..rules import Finding, check
+from ..checks import check
+from ..findings import Finding
 from .onnx_graph import OnnxGraph
 from .onnx_nodes import Node
 

@@ -7,7 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from ..rules import Finding, Severity, check
+from ..checks import check
+from ..findings import Finding, Severity
 from .onnx_graph import WEIGHTED, OnnxGraph
 from .onnx_nodes import Node, Quant
 

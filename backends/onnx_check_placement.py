@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from ..rules import Finding, check
+from ..checks import check
+from ..findings import Finding
 from .onnx_check_numbers import TYPES
 from .onnx_graph import WEIGHTED, OnnxGraph
 from .onnx_nodes import Node, Quant, Reader

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ExportError, FxqError
-from ..rules import Findings
+from ..findings import Findings
 from .files import write_whole
 from .onnx_edit import OnnxEdit
 from .onnx_files import write_model

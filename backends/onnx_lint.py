@@ -7,8 +7,10 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from ..checks import run_checks
 from ..errors import FxqError
-from ..rules import RULES, Finding, Findings, Fixable, rank, run_checks
+from ..findings import Finding, Findings, Fixable
+from ..rules import RULES, rank
 from . import onnx_check_kernels, onnx_check_numbers, onnx_check_operators, onnx_check_placement
 from .onnx_fixes import EXACT, Planner
 from .onnx_fixes_rounding import ROUNDING

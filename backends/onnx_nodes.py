@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..rules import Finding, Severity
+from ..findings import Finding, Severity
 from .onnx_names import MODULE_PATH, NODE, SOURCE, properties
 
 if TYPE_CHECKING:

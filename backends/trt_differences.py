@@ -1,6 +1,6 @@
 """Where a built engine differs from what was meant, with the rule that was broken and the fix.
 
-Each difference is a :class:`fxq.rules.Finding`, at the ONNX node it belongs to. If the linter found a breach at that
+Each difference is a :class:`fxq.findings.Finding`, at the ONNX node it belongs to. If the linter found a breach at that
 node, the difference is its consequence, and carries its rule and its fix.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..rules import Finding, Findings, Severity
+from ..findings import Finding, Findings, Severity
 from ..tables import readable
 from .onnx_graph import OnnxGraph
 from .onnx_nodes import Node, Quant

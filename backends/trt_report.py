@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
-from ..rules import Findings
+from ..findings import Findings
 from ..tables import readable
 from .files import write_whole
 from .onnx_graph import OnnxGraph

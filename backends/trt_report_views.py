@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Final
 
-from ..rules import Findings
+from ..findings import Findings
 from ..tables import readable
 from .trt_kernels import LayerInfo
 from .trt_prediction import Prediction, tensor_text

@@ -13,7 +13,7 @@ from .errors import FxqError
 from .terminal import FOUND, OnnxFile, give
 
 if TYPE_CHECKING:
-    from .rules import Findings
+    from .findings import Findings
 
 __all__ = ["lint"]
 

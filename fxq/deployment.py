@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .backends.trt_engine import Engine
     from .backends.trt_prediction import Prediction
     from .backends.trt_report import EngineReport
-    from .rules import Findings
+    from .findings import Findings
 
 __all__ = ["build", "engine_report", "export", "fix", "lint", "load_engine", "predict"]
 

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from torch import fx
 
+from .checks import check, run_checks
+from .findings import Finding, Findings, Severity
 from .graph import constant, origin, tensor_info
 from .ops import kind_name
 from .passes.annotate import SUMS
@@ -18,7 +20,7 @@ from .placement import behind_norm, read_tensor
 from .qdq import QUANTIZE
 from .qparams import SMALLEST_NORMAL
 from .quantized_graph import Quantization, QuantizedGraph
-from .rules import RULES, Finding, Findings, Severity, check, run_checks
+from .rules import RULES
 from .target import Target
 from .verify import is_dequantized, quantizer_of
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from .rules import RULES, Finding, rank
+from .findings import Finding
+from .rules import RULES, rank
 
 __all__ = ["findings_as_sarif"]
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
     ("amax_files", "guards", "html", "layered", "optional", "plans", "sketch", "sqnr", "tables"),
-    ("recipe", "rules", "sarif", "specs", "target", "target_files", "target_parts"),
+    ("checks", "findings", "recipe", "rules", "sarif", "specs", "target", "target_files", "target_parts"),
     (
         "buffers",
         "compiled_quantization",

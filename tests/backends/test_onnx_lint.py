@@ -13,8 +13,9 @@ from onnx import TensorProto, helper
 
 import fxq
 from fxq.backends.onnx_lint import lint_onnx
+from fxq.checks import checks
 from fxq.errors import FxqError
-from fxq.rules import RULES, checks
+from fxq.rules import RULES
 
 
 def read_in_a_branch() -> onnx.ModelProto:

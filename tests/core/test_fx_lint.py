@@ -14,14 +14,16 @@ from torchvision_models import torchvision_model
 from toys import basic_net, bottleneck_net, branches, image, lenet, preactivation_net, seeded
 
 import fxq
+from fxq.checks import checks
 from fxq.errors import FxqError, PassError
+from fxq.findings import Findings
 from fxq.fx_lint import lint_graph
 from fxq.graph import EDGES
 from fxq.printer import format_graph
 from fxq.qdq import DEQUANTIZE, QUANTIZE
 from fxq.quantizer import Quantizer
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
-from fxq.rules import RULES, Findings, checks
+from fxq.rules import RULES
 from fxq.verify import is_quantizer, quantizer_of
 
 X = (2, 3, 16, 16)

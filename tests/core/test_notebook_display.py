@@ -12,9 +12,9 @@ from toys import basic_net, image
 import fxq
 from fxq import html
 from fxq.calibration_report import CalibrationReport, CalibrationRow
+from fxq.findings import Finding, Findings
 from fxq.graph import Note, state, update_state
 from fxq.notebook_display import graph_html
-from fxq.rules import Finding, Findings
 
 EVIL = "</td><script>alert(1)</script>&\"'"
 

@@ -12,20 +12,11 @@ import golden
 import pytest
 import yaml
 
-from fxq import rules
+from fxq import checks as registering
+from fxq.checks import check, checks, run_checks
 from fxq.errors import FxqError
-from fxq.rules import (
-    FILES,
-    RULES,
-    SEVERITIES,
-    Finding,
-    Findings,
-    check,
-    checks,
-    rank,
-    rules_as_markdown,
-    run_checks,
-)
+from fxq.findings import SEVERITIES, Finding, Findings
+from fxq.rules import FILES, RULES, rank, rules_as_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 CITED = re.compile(r"\b(?:R|ORT)\d+\b")
@@ -36,10 +27,10 @@ def finding(rule: str = "R23", severity: str = "warning", node: str | None = "ad
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> list[rules.Check]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> list[registering.Check]:
     """An empty registry for the length of a test."""
-    empty: list[rules.Check] = []
-    monkeypatch.setattr(rules, "_CHECKS", empty)
+    empty: list[registering.Check] = []
+    monkeypatch.setattr(registering, "_CHECKS", empty)
     return empty
 
 
@@ -186,7 +177,7 @@ class TestRegistry:
         assert check("fx", "R20")(nothing) is nothing
 
     @pytest.mark.parametrize("named", [(), ("R20", "R99")])
-    def test_a_check_of_no_rule_is_an_error(self, named: tuple[str, ...], registry: list[rules.Check]) -> None:
+    def test_a_check_of_no_rule_is_an_error(self, named: tuple[str, ...], registry: list[registering.Check]) -> None:
         with pytest.raises(FxqError, match=r"a check for (no rule|R99)"):
             check("onnx", *named)
         assert registry == []

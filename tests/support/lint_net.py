@@ -14,7 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fxq.backends.onnx_fix import fix_model
 from fxq.backends.onnx_lint import lint_onnx
-from fxq.rules import RULES, Findings, checks
+from fxq.checks import checks
+from fxq.findings import Findings
+from fxq.rules import RULES
 
 Make = Callable[[], onnx.ModelProto]
 Wanted = tuple[str, str, str | None]
