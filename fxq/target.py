@@ -36,6 +36,8 @@ class Target:
         ties: Op kinds whose inputs and output share one scale (R19, R27).
         absorbs: Op kinds that the quantized op before them computes on its way out, so that the output's quantizer
             belongs behind them (ORT3).
+        adds: Op kinds that are a clamped sum, and that integer kernels add up (ORT8).
+        decomposes: Op kinds that are written as the simpler ones that the backend has integer kernels for (ORT8).
         heuristics: Shape rules.
         refuses: Specs that a recipe may not ask for.
         bias: Which biases are stored as integers; None leaves all of them float (R17).
@@ -53,6 +55,8 @@ class Target:
     concat: Concat = field(default_factory=Concat)
     ties: frozenset[str] = frozenset()
     absorbs: frozenset[str] = frozenset()
+    adds: frozenset[str] = frozenset()
+    decomposes: frozenset[str] = frozenset()
     heuristics: tuple[Heuristic, ...] = ()
     refuses: tuple[Refusal, ...] = ()
     bias: Biases | None = None
@@ -70,7 +74,8 @@ class Target:
     def kinds(self) -> frozenset[str]:
         """Every op kind that its data names."""
         bias = [self.bias.kinds] if self.bias is not None else []
-        named = [self.residual.weighted, self.concat.kinds, self.concat.through, self.ties, self.absorbs, *bias]
+        named = [self.residual.weighted, self.concat.kinds, self.concat.through, self.ties, *bias]
+        named += [self.absorbs, self.adds, self.decomposes]
         return frozenset(self.ops).union(*named, *(h.kinds for h in self.heuristics))
 
     @cached_property
@@ -142,6 +147,8 @@ class Target:
                 concat=Concat.read(data.get("concat", {}), where),
                 ties=frozenset(kinds_in(data.get("ties", []), where)),
                 absorbs=frozenset(kinds_in(data.get("absorbs", []), where)),
+                adds=frozenset(kinds_in(data.get("adds", []), where)),
+                decomposes=frozenset(kinds_in(data.get("decomposes", []), where)),
                 heuristics=tuple(Heuristic.read(row, where) for row in data.get("heuristics", ())),
                 refuses=tuple(Refusal.read(row, where) for row in data.get("refuses", ())),
                 bias=Biases.read(data["bias"], where) if data.get("bias") is not None else None,

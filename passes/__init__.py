@@ -7,6 +7,7 @@ from .annotate import Annotate
 from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .correct_biases import CorrectBiases
+from .decompose_activations import DecomposeActivations
 from .decompose_attention import DecomposeAttention
 from .decompose_products import DecomposeProducts
 from .drop_identities import DropIdentities
@@ -25,6 +26,7 @@ from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .set_aside_training import SetAsideTraining
 from .tie_scales import TieScales
+from .write_clamped_sums import WriteClampedSums
 
 __all__ = [
     "CONVERT",
@@ -35,6 +37,7 @@ __all__ = [
     "Canonicalize",
     "ConvertQuantizers",
     "CorrectBiases",
+    "DecomposeActivations",
     "DecomposeAttention",
     "DecomposeProducts",
     "DropIdentities",
@@ -52,4 +55,5 @@ __all__ = [
     "RestoreTraining",
     "SetAsideTraining",
     "TieScales",
+    "WriteClampedSums",
 ]

@@ -11,6 +11,7 @@ from .annotate import Annotate
 from .canonicalize import Canonicalize
 from .convert_quantizers import ConvertQuantizers
 from .correct_biases import CorrectBiases
+from .decompose_activations import DecomposeActivations
 from .decompose_attention import DecomposeAttention
 from .decompose_products import DecomposeProducts
 from .drop_identities import DropIdentities
@@ -28,6 +29,7 @@ from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .set_aside_training import SetAsideTraining
 from .tie_scales import TieScales
+from .write_clamped_sums import WriteClampedSums
 
 __all__ = ["CONVERT", "PREPARE", "PREPARE_QAT"]
 
@@ -42,6 +44,7 @@ PREPARE: Final = Pipeline(
         DropIdentities(),
         FuseBatchNorm(),
         DecomposeAttention(),
+        DecomposeActivations(),
         Annotate(),
         Advise(),
         ResidualAdd(),
@@ -61,5 +64,5 @@ PREPARE_QAT: Final = replace(
 )
 """Traced graph to a graph with fake quantizers in the same places, which trains."""
 
-CONVERT: Final = Pipeline("convert", (FinishTraining(), CorrectBiases(), ConvertQuantizers(), QuantizeBiases()))
+CONVERT: Final = Pipeline("convert", (FinishTraining(), CorrectBiases(), ConvertQuantizers(), WriteClampedSums(), QuantizeBiases()))
 """Calibrated or trained graph to a graph with explicit quantize and dequantize operations."""
