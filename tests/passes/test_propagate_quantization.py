@@ -114,6 +114,19 @@ def test_data_movement_is_looked_through() -> None:
     assert quantized(forward, d=nn.Conv2d(4, 4, 1)) == ["x", "a", "getitem", "getitem_1", "d", "cat"]
 
 
+def test_a_shortcut_that_is_sliced_and_padded() -> None:
+    """The parameter-free shortcut of CIFAR's residual networks (He et al. 2015, option A)."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = torch.relu(m.a(x))
+        shortcut = F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return torch.relu(m.d(y) + shortcut)
+
+    gm = prepared(model(forward, d=nn.Conv2d(8, 16, 3, 2, 1)), image(*X), target=ORT)
+    found = {name: q.tie for name, q in quantizers(gm).items() if not q.weight}
+    assert found == {"x": None, "relu": "relu", "getitem": "relu", "pad": "relu", "d": None, "relu_1": None}
+
+
 def test_declined_with_some_inputs_float() -> None:
     gm = prepared(model(lambda m, x: m.a(x) + x.sigmoid()), image(*X), target=ORT)
     (note,) = notes(gm)
