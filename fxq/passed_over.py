@@ -84,8 +84,10 @@ def passed_over(node: fx.Node, tensor: fx.Node, target: Target, notes: list[Note
         return "R23", f"{tensor.name} takes the addition into its kernel, whose result is float until it is added", None
     if noted is not None:
         return noted.rule, noted.text, _nearest_miss(node, target) if kind == "add" and noted.rule == "R23" else None
-    if kind in target.ops:
-        return "R20", "the target or the recipe leaves it float", None
+    placement = target.ops.get(kind)
+    if placement is not None:
+        joins = f"it is quantized where {placement.joins} of its inputs are quantized anyway"
+        return placement.rule, joins if placement.joins else "the target or the recipe leaves it float", None
     simple = _simple_reason(kind, node, tensor, target)
     return (*simple, None)
 
@@ -98,7 +100,15 @@ def _floats(read: Any) -> TypeGuard[fx.Node]:
 def _simple_reason(kind: str, node: fx.Node, tensor: fx.Node, target: Target) -> tuple[str, str]:
     """Rule and sentence for an operation without weights."""
     maker = behind_norm(tensor)
-    if kind in _ACTIVATIONS and kind_name(maker) in target.ops and len(maker.users) == 1:
+    result = edge_annotations(maker).get("output")
+    if kind in target.absorbs and result is not None and result.spec is None and len(maker.users) == 1:
+        return (
+            result.rule,
+            f"{kind} is computed in the kernel of {maker.name}; a quantizer between them would part them",
+        )
+    if target.rest is not None:
+        return target.rest.rule, target.rest.reason
+    if kind in _ACTIVATIONS and kind_name(maker) in target.weighted and len(maker.users) == 1:
         return "R44", f"{kind} is computed in the kernel of {maker.name}; a quantizer between them would part them"
     if kind in _ACTIVATIONS and any(a.rule in SKIP_RULES for a in edge_annotations(maker).values()):
         return "R44", f"{kind} is computed in the kernel of the addition before it; what reads its result quantizes it"
@@ -149,7 +159,7 @@ def _miss(node: Any, add: fx.Node, target: Target) -> tuple[int, str] | None:
             if others:
                 return 0, f"{node.name} would take it along, but {', '.join(others)} also reads its result"
             return None
-        if kind_name(node) in target.ops:
+        if kind_name(node) in target.weighted:
             return len(
                 between
             ), f"{node.name} comes before it, but is a {kind_name(node)}, which takes no addition along"

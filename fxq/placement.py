@@ -20,6 +20,7 @@ __all__ = [
     "SKIP_RULES",
     "EdgeRow",
     "OpRow",
+    "as_read",
     "behind_norm",
     "edge_rows",
     "hidden_products",
@@ -72,7 +73,8 @@ class OpRow:
         weighted: How many convolutions and matrix products it is: 1, 0 for an addition, several for a
             module that is kept whole.
         precision: The data types of its edges (``int8``) if all that placement decided on are quantized, else
-            ``float``. For an addition, that of its skip.
+            ``float``. For an addition, that of its skip; for an activation that the kernel before it computes, that
+            of its result.
         residual: Whether it is a residual addition, by the rules R23 and R24.
         identity: For a residual addition with a quantized skip: whether the skip is the block's own input, and no
             projection of it.
@@ -109,6 +111,8 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
         decided = [e for e in edges if e.role != "output"]
         skips = [e.edge for e in read if isinstance(e.edge, int) and e.role == "skip"]
         whole = bool(read) and (len(read) == len(decided) or not weighted)
+        if not decided and kind in held.target.absorbs:
+            whole, read = True, [e for e in edges if e.quantized]
         yield OpRow(
             node=node.name,
             kind=kind,
@@ -157,7 +161,7 @@ def hidden_products(gm: fx.GraphModule, node: fx.Node) -> int:
 def edge_rows(gm: fx.GraphModule, node: fx.Node) -> Iterator[EdgeRow]:
     """The edges of `node` that placement decided on."""
     for edge, annotation in edge_annotations(node).items():
-        read = node.args[edge] if isinstance(edge, int) else next(iter(node.users), None)
+        read = node.args[edge] if isinstance(edge, int) else _result(node)
         if not isinstance(read, fx.Node):
             continue
         tensor = read_tensor(read) if isinstance(edge, int) else node
@@ -175,6 +179,22 @@ def edge_rows(gm: fx.GraphModule, node: fx.Node) -> Iterator[EdgeRow]:
             rule=annotation.rule,
             reason=annotation.reason,
         )
+
+
+def as_read(real: fx.Node) -> fx.Node:
+    """What operations read of a dequantized tensor: itself, or the cast behind it."""
+    return next((user for user in real.users if is_dequantized(user)), real)
+
+
+def _result(node: fx.Node) -> fx.Node | None:
+    """What the readers of a quantized result read; any reader of another one, None if there is none."""
+    for user in node.users:
+        if quantizer_of(user) is not None:
+            return user
+        if user.target is QUANTIZE:
+            own = (real for real in user.users if real.target is DEQUANTIZE and real.args[1] is user.args[1])
+            return next((as_read(real) for real in own), user)
+    return next(iter(node.users), None)
 
 
 def _channels(spec: QSpec | None, tensor: fx.Node) -> int:

@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 from .errors import RecipeError, TargetError
 from .specs import QSpec, spec_from
 from .target_files import extended, read_target
-from .target_parts import Biases, Concat, Heuristic, OpPlacement, Refusal, Residual, kinds_in, only
+from .target_parts import Biases, Concat, Heuristic, OpPlacement, Refusal, Remainder, Residual, kinds_in, only
 
 __all__ = ["Target"]
 
@@ -38,6 +38,7 @@ class Target:
             belongs behind them (ORT3).
         adds: Op kinds that are a clamped sum, and that integer kernels add up (ORT8).
         decomposes: Op kinds that are written as the simpler ones that the backend has integer kernels for (ORT8).
+        rest: Why operations stay float that nothing here names; None takes TensorRT's reasons (R19, R26, R38, R39).
         heuristics: Shape rules.
         refuses: Specs that a recipe may not ask for.
         bias: Which biases are stored as integers; None leaves all of them float (R17).
@@ -57,6 +58,7 @@ class Target:
     absorbs: frozenset[str] = frozenset()
     adds: frozenset[str] = frozenset()
     decomposes: frozenset[str] = frozenset()
+    rest: Remainder | None = None
     heuristics: tuple[Heuristic, ...] = ()
     refuses: tuple[Refusal, ...] = ()
     bias: Biases | None = None
@@ -152,6 +154,7 @@ class Target:
                 heuristics=tuple(Heuristic.read(row, where) for row in data.get("heuristics", ())),
                 refuses=tuple(Refusal.read(row, where) for row in data.get("refuses", ())),
                 bias=Biases.read(data["bias"], where) if data.get("bias") is not None else None,
+                rest=Remainder.read(data["rest"], where) if data.get("rest") is not None else None,
                 rules=str(data.get("rules", "R")),
             )
         except (KeyError, TypeError, AttributeError, RecipeError) as error:

@@ -21,6 +21,7 @@ __all__ = [
     "Heuristic",
     "OpPlacement",
     "Refusal",
+    "Remainder",
     "Residual",
     "kinds_in",
     "only",
@@ -124,6 +125,25 @@ class Refusal:
         """From plain data; `where` is what is being read, for messages."""
         only(row, {f.name for f in fields(cls)}, where)
         return cls(**row)
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """Why operations stay float that the target's data do not name.
+
+    Attributes:
+        rule: Rule id to cite.
+        reason: One sentence to give.
+    """
+
+    rule: str
+    reason: str
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], where: str) -> Remainder:
+        """From plain data."""
+        only(data, {f.name for f in fields(cls)}, where)
+        return cls(**data)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Final
 from torch import fx
 
 from .graph import attribute, constant, edge_annotations, tensor_info
-from .placement import OpRow, read_tensor
+from .placement import OpRow, as_read, read_tensor
 from .qdq import DEQUANTIZE, QUANTIZE
 from .recipe import QDType, QSpec
-from .verify import is_dequantized, quantizer_of
+from .verify import quantizer_of
 
 __all__ = ["Totals", "count"]
 
@@ -53,25 +53,25 @@ def count(gm: fx.GraphModule, rows: Iterable[OpRow]) -> Totals:
     weighted = [row for row in rows if row.weighted]
     skips = [row for row in rows if row.residual]
     quantized = [n for n in gm.graph.nodes if quantizer_of(n) is not None or n.target is DEQUANTIZE]
-    weights = [_as_read(n) for n in quantized if read_tensor(n).op == "get_attr"]
-    before, after = _bytes(gm, weights)
+    stored = [as_read(n) for n in quantized if read_tensor(n).op == "get_attr"]
+    before, after = _bytes(gm, stored)
     return Totals(
         weighted=sum(row.weighted for row in weighted),
         weighted_quantized=sum(row.weighted for row in weighted if row.low),
         residuals=len(skips),
         skips_quantized=sum(row.low for row in skips),
         identity_skips_quantized=sum(row.low and row.identity for row in skips),
-        activation_quantizers=len(quantized) - len(weights),
-        weight_quantizers=len(weights),
+        activation_quantizers=len({read_tensor(n) for n in quantized if read_tensor(n).op != "get_attr"}),
+        weight_quantizers=sum(_spec_of(n) is not None for n in stored),
         float_bytes=before,
         bytes=after,
     )
 
 
-def _bytes(gm: fx.GraphModule, weights: Iterable[fx.Node]) -> tuple[int, int]:
-    """Bytes of all that is stored and read, as float, and with the quantized weights as integers."""
+def _bytes(gm: fx.GraphModule, stored: Iterable[fx.Node]) -> tuple[int, int]:
+    """Bytes of all that is stored and read, as float, and with the quantized weights and biases as integers."""
     before = after = 0
-    low = {str(read_tensor(node).target): node for node in weights}
+    low = {str(read_tensor(node).target): node for node in stored}
     for node in gm.graph.nodes:
         tensor = constant(node)
         if tensor is None or str(node.target) in low or _only_scales(node):
@@ -81,31 +81,36 @@ def _bytes(gm: fx.GraphModule, weights: Iterable[fx.Node]) -> tuple[int, int]:
         info = tensor_info(node)
         elements = math.prod(info.shape) if info is not None else 0
         before += elements * (info.dtype.itemsize if info is not None else 0)
-        spec = _spec_of(node)
-        after += math.ceil(elements * _bits(spec.qdtype) / 8)
-        after += _SCALE_BYTES * (1 if spec.axis is None or info is None else info.shape[spec.axis])
+        after += _integer_bytes(node, elements)
     leaves = {str(n.target) for n in gm.graph.nodes if n.op == "call_module" and quantizer_of(n) is None}
     whole = sum(t.nbytes for path in leaves for t in attribute(gm, path).state_dict().values())
     return before + whole, after + whole
-
-
-def _as_read(real: fx.Node) -> fx.Node:
-    """What operations read of a dequantized tensor: itself, or the cast behind it."""
-    return next((user for user in real.users if is_dequantized(user)), real)
 
 
 def _only_scales(node: fx.Node) -> bool:
     return all(user.target in (QUANTIZE, DEQUANTIZE) for user in node.users)
 
 
-def _spec_of(quantized: fx.Node) -> QSpec:
-    """The spec by which a quantized weight is read."""
-    return next(
+def _integer_bytes(node: fx.Node, elements: int) -> int:
+    """Bytes of a stored tensor once converted: packed integers, and float32 scales."""
+    spec, info = _spec_of(node), tensor_info(node)
+    if spec is None:  # a bias, which conversion made integers of
+        real = node if node.target is DEQUANTIZE else node.args[0]
+        integers, scale = (constant(part) for part in real.args[:2])  # type: ignore[union-attr]
+        return sum(part.nbytes for part in (integers, scale) if part is not None)
+    scales = 1 if spec.axis is None or info is None else info.shape[spec.axis]
+    return math.ceil(elements * _bits(spec.qdtype) / 8) + _SCALE_BYTES * scales
+
+
+def _spec_of(quantized: fx.Node) -> QSpec | None:
+    """The spec by which a quantized weight is read; None for what no placement decided on."""
+    found = (
         annotation.spec
         for user in quantized.users
         for edge, annotation in edge_annotations(user).items()
         if isinstance(edge, int) and user.args[edge] is quantized and annotation.spec is not None
     )
+    return next(found, None)
 
 
 def _bits(dtype: QDType) -> int:

@@ -28,8 +28,8 @@ class DecomposeActivations(Pass):
     Problem: a backend that has integer kernels for a sigmoid and for a product, and none for SiLU, leaves integers for
     it: a dequantization, the activation on four times the bytes, and a quantization (ORT8).
 
-    Rewrite: ``silu(x)`` becomes ``x * sigmoid(x)`` and ``hardswish(x)`` becomes ``x * hardsigmoid(x)``. The product keeps
-    the activation's name.
+    Rewrite: ``silu(x)`` becomes ``x * sigmoid(x)`` and ``hardswish(x)`` becomes ``x * hardsigmoid(x)``. The product
+    keeps the activation's name.
 
     Raises:
         TargetError: The target decomposes a kind that is no such product.

@@ -64,5 +64,7 @@ PREPARE_QAT: Final = replace(
 )
 """Traced graph to a graph with fake quantizers in the same places, which trains."""
 
-CONVERT: Final = Pipeline("convert", (FinishTraining(), CorrectBiases(), ConvertQuantizers(), WriteClampedSums(), QuantizeBiases()))
+CONVERT: Final = Pipeline(
+    "convert", (FinishTraining(), CorrectBiases(), ConvertQuantizers(), WriteClampedSums(), QuantizeBiases())
+)
 """Calibrated or trained graph to a graph with explicit quantize and dequantize operations."""

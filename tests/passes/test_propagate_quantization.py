@@ -65,11 +65,11 @@ def test_the_quantizer_stands_behind_the_activation(name: str) -> None:
 
 def test_the_quantizer_stays_before_what_is_not_absorbed_or_not_alone() -> None:
     assert quantized(lambda m, x: F.gelu(m.a(x))) == ["x", "a"]
-    assert quantized(lambda m, x: torch.relu(m.a(x)) * m.a(x).sigmoid()) == ["x", "relu", "a_1"]
+    assert quantized(lambda m, x: torch.relu(m.a(x)) * m.a(x).tanh()) == ["x", "relu", "a_1"]
 
     def shared(m: nn.Module, x: Tensor) -> Tensor:
         y = m.a(x)
-        return torch.relu(y) * y.sigmoid()
+        return torch.relu(y) * y.tanh()
 
     assert quantized(shared) == ["x", "a"]
 
@@ -128,9 +128,9 @@ def test_a_shortcut_that_is_sliced_and_padded() -> None:
 
 
 def test_declined_with_some_inputs_float() -> None:
-    gm = prepared(model(lambda m, x: m.a(x) + x.sigmoid()), image(*X), target=ORT)
+    gm = prepared(model(lambda m, x: m.a(x) + x.tanh()), image(*X), target=ORT)
     (note,) = notes(gm)
-    assert (note.node, note.rule, note.text) == ("add", "ORT4", "this add stays float: sigmoid is not quantized")
+    assert (note.node, note.rule, note.text) == ("add", "ORT4", "this add stays float: tanh is not quantized")
     assert decided(gm, "add") == {}
 
 
@@ -139,8 +139,8 @@ def test_declined_with_some_inputs_float() -> None:
     [
         lambda m, x: m.a(x) + 1.0,
         lambda m, x: m.a(x) + m.offset,
-        lambda _, x: x.sigmoid() + x.tanh(),
-        lambda _, x: torch.cat([x.sigmoid(), x.tanh()], 1),
+        lambda _, x: x.exp() + x.tanh(),
+        lambda _, x: torch.cat([x.exp(), x.tanh()], 1),
     ],
 )
 def test_declined_in_silence(forward: Callable[..., Any]) -> None:
@@ -213,3 +213,33 @@ def test_weighted_kinds_are_those_that_do_not_join() -> None:
     report = fxq.report(prepared(basic_net(), image(2, 3, 16, 16), target=ORT))
     assert {row.kind for row in report.weighted} == {"conv2d", "linear"}
     assert report.totals.weighted == report.totals.weighted_quantized
+
+
+# Reports.
+
+
+def test_the_report_of_a_converted_graph() -> None:
+    """Biases are integers there, results have quantizers, and an activation is part of the kernel before it."""
+    gm = prepared(basic_net(), image(2, 3, 16, 16), target=ORT)
+    fxq.calibrate(gm, [image(4, 3, 16, 16, seed=seed) for seed in range(2)], progress=False)
+    before, after = fxq.report(gm), fxq.report(fxq.convert(gm))
+    assert [(row.node, row.precision) for row in before.rows] == [(row.node, row.precision) for row in after.rows]
+    found = {row.node: row.precision for row in after.rows}
+    assert found["stem_1"] == "uint8/int8"
+    assert {found[name] for name in ("stem_2", "blocks_0_add", "blocks_0_relu_1", "pool")} == {"uint8"}
+    assert (after.totals.activation_quantizers, after.totals.weight_quantizers) == (11, 7)
+    assert after.totals.float_bytes == before.totals.float_bytes
+    biases = 8 + 8 + 8 + 16 + 16 + 16 + 10  # each keeps its four bytes and gains a scale of four
+    assert after.totals.bytes == before.totals.bytes + 4 * biases
+
+
+def test_explanations_cite_the_targets_own_rules() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return F.gelu(F.layer_norm(torch.relu(m.a(x)) * x.tanh(), (8, 8)))
+
+    gm = prepared(model(forward), image(*X), target=ORT)
+    found = {(e.node, e.edge): (e.rule, e.reason) for e in fxq.explain(gm)}
+    assert found["relu", 0] == ("ORT1", "relu is computed in the kernel of a; a quantizer between them would part them")
+    assert found["mul", 0][0] == found["mul", 1][0] == "ORT4"
+    assert found["gelu", 0] == ("ORT9", "there is no kernel that computes it from integers to integers")
+    assert all(rule.startswith("ORT") for rule, _ in found.values())
