@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -166,6 +166,33 @@ class Engine:
             MissingDependencyError: ``tensorrt`` is not installed.
         """
         return self._session.run(inputs, cuda_graph=cuda_graph)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs in the engine's order. The engine is loaded for that; errors as for :meth:`run`."""
+        return tuple(self._session.inputs)
+
+    def example_inputs(
+        self, batch: int | None = None, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Tensor]:
+        """Random inputs on the GPU, of the shapes that the engine is tuned for: normal floats, zeros for all else.
+
+        Args:
+            batch: Another size of a first dimension that is dynamic.
+            shapes: Other shapes of some inputs, by name.
+
+        Raises:
+            EngineError: There is no such input, or as for :meth:`run`.
+        """
+        return self._session.example_inputs(batch, shapes)
+
+    def placed(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs by name on the GPU, so that :meth:`benchmark` times no copies.
+
+        Raises:
+            EngineError: As for :meth:`run`.
+        """
+        return self._session.placed(inputs)
 
     def benchmark(
         self,

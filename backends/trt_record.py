@@ -18,6 +18,7 @@ from ..errors import EngineError
 from .files import write_whole
 from .trt_api import Platform
 from .trt_kernels import LayerInfo, TensorInfo
+from .trt_options import BuildOptions
 
 __all__ = ["BuildRecord", "EngineCache", "record_path"]
 
@@ -98,6 +99,18 @@ class BuildRecord:
         """A line: library, platform, model."""
         where = f"{self.device} ({self.capability})" if self.device else f"{self.system} without a GPU"
         return f"{self.library} {self.version} on {where}, by fxq {self.fxq}, from ONNX {self.onnx_sha256[:12]}"
+
+    def text(self) -> str:
+        """A few lines: library, platform, model; the shapes that it takes; options that are not the default."""
+        lines = [str(self)]
+        for name, (low, best, high) in self.profiles.items():
+            shapes = ["x".join(map(str, shape)) for shape in (low, high, best)]
+            lines.append(f"  {name}: {shapes[0]} to {shapes[1]}, tuned for {shapes[2]}")
+        usual = BuildOptions().as_dict()
+        options = {name: value for name, value in self.options.items() if value != usual.get(name)}
+        if options:
+            lines.append("  options: " + ", ".join(f"{name}={value}" for name, value in options.items()))
+        return "\n".join(lines)
 
     def write(self, engine: Path) -> None:
         """Write the record beside an engine file, whole or not at all."""

@@ -85,7 +85,7 @@ class Session:
         with self._lock, torch.cuda.device(self.device) if self.stream else nullcontext():
             # Made on the caller's stream, which waits for ours below: so torch's allocator, which hands memory on in
             # stream order, cannot give it away too early.
-            given = {name: self._fitted(name, tensor) for name, tensor in self._by_name(inputs).items()}
+            given = self.placed(inputs)
             if cuda_graph:
                 return self._replay(given)
             outputs = self._bind(self.context, given)
@@ -93,16 +93,41 @@ class Session:
                 self._enqueue(self.context)
             return outputs
 
-    def example_inputs(self) -> dict[str, Tensor]:
-        """Random inputs of the shapes that the engine is tuned for: normal floats, zeros for all else."""
-        return {name: self._example(name) for name in self.inputs}
+    def placed(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs by name, where the engine reads them; those that lie there already as they are.
 
-    def _example(self, name: str) -> Tensor:
+        Raises:
+            EngineError: They are not the engine's inputs, or of other types.
+        """
+        return {name: self._fitted(name, tensor) for name, tensor in self._by_name(inputs).items()}
+
+    def example_inputs(
+        self, batch: int | None = None, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Tensor]:
+        """Random inputs: normal floats, zeros for all else.
+
+        Args:
+            batch: The size of a first dimension that is dynamic; None for the one that the engine is tuned for.
+            shapes: Whole shapes of some inputs, by name; the others get those that the engine is tuned for.
+
+        Raises:
+            EngineError: There is no such input.
+        """
+        wanted = dict(shapes or {})
+        if unknown := sorted(set(wanted) - set(self.inputs)):
+            raise EngineError(f"{self.name} has no input {', '.join(unknown)}, but {', '.join(self.inputs)}")
+        return {name: self._example(name, wanted.get(name) or self._tuned(name, batch)) for name in self.inputs}
+
+    def _tuned(self, name: str, batch: int | None) -> tuple[int, ...]:
         shape = tuple(self.engine.get_tensor_shape(name))
-        if any(dim < 0 for dim in shape):
-            shape = tuple(self.engine.get_tensor_profile_shape(name, 0)[1])
+        if not any(dim < 0 for dim in shape):
+            return shape
+        tuned = tuple(self.engine.get_tensor_profile_shape(name, 0)[1])
+        return (batch, *tuned[1:]) if batch is not None and shape[0] < 0 else tuned
+
+    def _example(self, name: str, shape: Sequence[int]) -> Tensor:
         dtype = self._dtype(name)
-        made = torch.zeros(shape, dtype=dtype, device=self._place(name))
+        made = torch.zeros(tuple(shape), dtype=dtype, device=self._place(name))
         return made.normal_() if dtype in (torch.float32, torch.float16, torch.bfloat16) else made
 
     @contextmanager

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_build import build
+from .cli_build import Library, build
 from .cli_lint import lint
 from .cli_quantize import quantize
 from .cli_run import run
@@ -65,24 +65,35 @@ def report(
     path: OnnxFile,
     engine: Annotated[
         Path | None,
-        typer.Option(help="The inspector's JSON of the engine, or a builder's log; without it, the prediction."),
+        typer.Option(
+            help="An engine that fxq built, an inspector's JSON, or a builder's log; the prediction if left out."
+        ),
     ] = None,
+    library: Annotated[
+        Library, typer.Option(help="Whose fusions to predict; an engine says itself who built it.")
+    ] = Library.TENSORRT,
     form: Annotated[ReportFormat, typer.Option("--format", help="How to print it.")] = ReportFormat.TEXT,
     output: Output = None,
 ) -> None:
     """List the kernels that a file should become, or where an engine differs from that; exits with 1 on warnings.
 
-    Example: fxq report net.onnx --engine inspector.json --format html -o report.html
+    For example:
+
+    fxq report net.onnx
+
+    fxq report net.onnx --engine net.engine --format html -o report.html
     """
     import fxq
+
+    from .runners import is_engine
 
     if engine is None:
         if form is ReportFormat.HTML:
             raise FxqError("a prediction has no HTML", hint="add --engine, or use --format text or json")
-        prediction = fxq.predict(path)
+        prediction = fxq.predict(path, library=library.value)
         give(json.dumps(prediction.to_dict(), indent=1) if form is ReportFormat.JSON else str(prediction), output)
         return
-    found = fxq.engine_report(engine, path)
+    found = fxq.engine_report(fxq.load_engine(engine) if is_engine(engine) else engine, path)
     if form is ReportFormat.JSON:
         text = json.dumps(found.to_dict(), indent=1)
     else:

@@ -124,6 +124,14 @@ def quantize(
         str, typer.Option(help="tensorrt, tensorrt-fast, or a target's YAML file.", rich_help_panel=MODEL)
     ] = "tensorrt",
     device: Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, cuda:1.", rich_help_panel=MODEL)] = "cpu",
+    unquantized: Annotated[
+        bool,
+        typer.Option(
+            "--float",
+            help="Write the model as it is, to compare with: same names, shapes and types, no Q/DQ. One batch will do.",
+            rich_help_panel=FILE,
+        ),
+    ] = False,
     compute_dtype: Annotated[
         ComputeDtype,
         typer.Option(
@@ -199,7 +207,9 @@ def quantize(
     rules = Recipe.from_yaml(recipe) if recipe is not None else None
     batches = _batches(data, random, batch_size, images, count)
     network = _model(model, weights, device)
-    if batches is None:
+    if unquantized:
+        quantized = _traced(network, batches, random, device)
+    elif batches is None:
         quantized = _on_random_data(network, shape_of(random or ""), device, rules, target)
     else:
         quantized = fxq.quantize(network, batches, recipe=rules, target=target, max_batches=max_batches)
@@ -214,7 +224,8 @@ def quantize(
         keep_io_types=keep_io_types,
         islands=island or (),
     )
-    give(str(fxq.report(quantized)), report)
+    if not unquantized:
+        give(str(fxq.report(quantized)), report)
     typer.echo(f"wrote {path}")
 
 
@@ -242,6 +253,21 @@ def _model(entry: str, weights: Path | None, device: str) -> nn.Module:
         raise FxqError(
             f"the model cannot go to {device}: {reason}", hint="use --device cpu, or cuda:0 and the like"
         ) from error
+
+
+def _traced(model: nn.Module, batches: Any, random: str | None, device: str) -> fx.GraphModule:
+    """The float graph, by the first batch."""
+    import torch
+
+    import fxq
+
+    from .batches import each_batch, model_inputs, moved
+
+    example = torch.randn(shape_of(random)) if random is not None else next(iter(each_batch(batches)), None)
+    if example is None:
+        raise FxqError("there is no batch to trace the model with", hint="give one, or --random 1x3x224x224")
+    args, kwargs = moved(model_inputs(model, example), torch.device(device))
+    return fxq.trace(model, args, example_kwargs=kwargs)
 
 
 def _on_random_data(model: nn.Module, shape: Sequence[int], device: str, rules: Any, target: str) -> fx.GraphModule:

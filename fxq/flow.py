@@ -228,7 +228,7 @@ def quantize(
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there is no batch to calibrate on", hint="pass an iterable of inputs")
-    args, kwargs = model_inputs(model, first)
+    args, kwargs = moved(model_inputs(model, first), device_of(model))
     prepared = prepare(model, args, example_kwargs=kwargs, recipe=recipe, target=target)
     calibrate(prepared, itertools.chain([first], iterator), max_batches=max_batches, progress=progress)
     return convert(prepared)

@@ -29,27 +29,57 @@ from .stepping import Ahead, Stepper, quantizing
 if TYPE_CHECKING:
     from .backends.onnxrt import Session
 
-__all__ = ["OnnxComparison", "compare_onnx"]
+__all__ = ["FileComparison", "compare_onnx"]
 
 Values: TypeAlias = Iterator[tuple[str, Any]]
 """Names and values, in the order in which they are computed."""
 
 
 @dataclass(frozen=True)
-class OnnxComparison(Comparison):
+class FileComparison(Comparison):
     """What :func:`fxq.compare_onnx` returns; prints as a table.
 
     Attributes:
         outputs: The rows of the file's outputs.
     """
 
-    subject: ClassVar[str] = "an ONNX file against its reference"
-    series: ClassVar[str] = "the file, in ONNX Runtime"
+    subject: ClassVar[str] = "a file against its reference"
+    series: ClassVar[str] = "the file"
 
     outputs: tuple[ComparisonRow, ...] = field(default=())
 
+    def text(self, worst: int | None = None) -> str:
+        """The comparison for people.
 
-def compare_onnx(path: str | Path, reference: nn.Module | str | Path, inputs: Any) -> OnnxComparison:
+        Args:
+            worst: Show so many tensors, those at which most is lost, worst first; None (default) shows all in the
+                file's order.
+        """
+        rows = self.rows if worst is None else self.drops(worst) or self.worst(worst)
+        return "\n".join([*self._summary(), "", self.table(rows)])
+
+    @classmethod
+    def of_outputs(cls, found: Mapping[str, Tensor], expected: Sequence[Tensor]) -> FileComparison:
+        """Outputs against what they should be, in their order.
+
+        Raises:
+            FxqError: There are more or fewer, or they have other shapes.
+        """
+        shapes = [tuple(tensor.shape) for tensor in found.values()]
+        if shapes != [tuple(tensor.shape) for tensor in expected]:
+            raise FxqError(
+                f"the outputs have the shapes {shapes}, and the reference's {[tuple(t.shape) for t in expected]}",
+                hint="compare two files of one model, or a file with its model",
+            )
+        rows = []
+        for (name, tensor), wanted in zip(found.items(), expected, strict=True):
+            sums = ErrorSums()
+            sums.add(wanted.cpu(), tensor.cpu())
+            rows.append(ComparisonRow(name, "output", "", None, sums.sqnr, sums.cosine, sums.largest))
+        return cls(tuple(rows), max((shape[0] for shape in shapes if shape), default=1), outputs=tuple(rows))
+
+
+def compare_onnx(path: str | Path, reference: nn.Module | str | Path, inputs: Any) -> FileComparison:
     """Compare what an ONNX file computes in ONNX Runtime with a PyTorch model or another file, tensor by tensor.
 
     Differences add up along the network; a row's `drop` is what is lost at that tensor. The file's rewrites by ONNX
@@ -88,7 +118,7 @@ def compare_onnx(path: str | Path, reference: nn.Module | str | Path, inputs: An
             hint="compare a file with the model that it was exported from, or with another file of that model",
         )
     rows = tuple(_rows(file, sums))
-    return OnnxComparison(rows, samples, outputs=tuple(row for row in rows if row.node in file.outputs))
+    return FileComparison(rows, samples, outputs=tuple(row for row in rows if row.node in file.outputs))
 
 
 def _compare_batch(file: _File, other: _File | _Graph, batch: Any, sums: dict[str, ErrorSums]) -> int:

@@ -114,6 +114,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "demo"),
     ("image_folder", "terminal"),
     ("entry_points",),
+    ("runners",),
     ("cli", "cli_build", "cli_lint", "cli_quantize", "cli_run"),
     ("__main__",),
 )

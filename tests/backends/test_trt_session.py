@@ -5,6 +5,7 @@ On the CPU the addresses are the host's; the tests marked gpu do the same with C
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,16 @@ class TestRun:
             "k": ((4,), torch.int64),
         }
         assert float(examples["x"].std()) > 0.5
+        assert session(device).example_inputs(2, {"k": (5,)})["x"].shape == (2, 8)
+        assert session(device).example_inputs(2, {"k": (5,)})["k"].shape == (5,)
+        with pytest.raises(EngineError, match=r"test\.engine has no input z, but x, k"):
+            session(device).example_inputs(shapes={"z": (1,)})
+
+    def test_placed_inputs_are_read_without_copies(self, device: torch.device) -> None:
+        held, inputs = session(device), given(3)
+        placed = held.placed(inputs)
+        check(held.run(placed), inputs, device)
+        assert all(held.context.addresses[name] == tensor.data_ptr() for name, tensor in placed.items())
 
 
 def test_graphs_are_for_cuda() -> None:
@@ -133,6 +144,42 @@ class TestCuda:
         assert held.stream is not None
         assert held.context.calls == [held.stream.cuda_stream]
         assert held.stream.cuda_stream != torch.cuda.current_stream().cuda_stream
+
+    def test_a_stream_of_the_callers_is_waited_for_too(self) -> None:
+        held, inputs, side = session(CUDA), given(4, CUDA), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        held.run(inputs, cuda_graph=True)
+        side.wait_stream(torch.cuda.current_stream())
+        kept = []
+        with torch.cuda.stream(side):
+            for cuda_graph in (False, True):
+                x = inputs["x"].clone()
+                torch.cuda._sleep(50_000_000)
+                x.mul_(3)
+                kept.append(held.run({**inputs, "x": x}, cuda_graph=cuda_graph)["y"] + 0)
+                x.zero_()
+        side.synchronize()
+        for found in kept:
+            check({"y": found, "n": inputs["k"] * 2}, {**inputs, "x": inputs["x"] * 3}, CUDA)
+
+    def test_threads_wait_for_each_other(self) -> None:
+        held = session(CUDA)
+        work = [given(1 + index % 5, CUDA) for index in range(40)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda one: held.run(one, cuda_graph=len(one["k"]) % 2 == 0), work))
+        torch.cuda.synchronize()
+        for results, inputs in zip(found, work, strict=True):
+            check(results, inputs, CUDA)
+
+    def test_benchmark_replays_graphs(self) -> None:
+        engines: Any = {name: SimpleNamespace(_session=session(CUDA)) for name in ("int8", "fp16")}
+        found = benchmark(engines, given(8, CUDA), warmup=3, iterations=30, cuda_graph=True)
+        assert {name: (len(one.milliseconds), one.batch) for name, one in found.latencies.items()} == {
+            "int8": (30, 8),
+            "fp16": (30, 8),
+        }
+        assert all(0 < one.percentile(50) <= one.percentile(99) for one in found.latencies.values())
+        # Once to warm up and once to be recorded; all others were replays.
+        assert [len(context.calls) for context in engines["int8"]._session.engine.contexts] == [0, 2]
 
     def test_a_graph_is_recorded_once_for_each_shape_and_replayed(self) -> None:
         held = session(CUDA)

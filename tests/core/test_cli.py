@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,16 @@ from inspector import float_skip
 from lint_net import IMAGE, Net, residual
 from PIL import Image
 from safetensors.torch import save_file
+from torch_engine import TRT, TorchEngine
 from typer.testing import CliRunner
 
 from fxq import __version__
 from fxq.backends.onnx_lint import lint_onnx
+from fxq.backends.onnxrt import Session
+from fxq.backends.trt_engine import Engine
+from fxq.backends.trt_options import BuildOptions
+from fxq.backends.trt_record import BuildRecord, sha256
+from fxq.backends.trt_session import Session as TrtSession
 from fxq.cli import app
 from fxq.errors import FxqError
 from fxq.sarif import findings_as_sarif
@@ -36,6 +43,25 @@ def broken():
     raise RuntimeError("no weights here")
 number = 3
 """
+
+
+def write_engine(path: Path) -> None:
+    """A file that stands for an engine, with its record."""
+    path.write_bytes(b"engine")
+    BuildRecord(
+        library="tensorrt",
+        version="10.13.0",
+        fxq="0.1.0",
+        system="linux x86_64",
+        device="Some GPU",
+        capability="8.9",
+        onnx_sha256="abc",
+        engine_sha256=sha256(path),
+        key="key",
+        options=BuildOptions(workspace_bytes=1024, weights="stripped").as_dict(),
+        profiles={"x": [[1, 8], [4, 8], [16, 8]]},
+        build_seconds=1.0,
+    ).write(path)
 
 
 @pytest.fixture
@@ -62,8 +88,87 @@ def test_quantize_lint_and_run() -> None:
     ran = fxq("run", "net.onnx", "--batch", "2", "--repeat", "2", "-o", "out.npz")
     assert ran.exit_code == 0, ran.output
     assert "2x16x8x8" in ran.output
-    assert "latency: median" in ran.output
+    assert re.search(r"latency: p50 [0-9.]+ ms, p90 .*, p99 .*, [0-9]+ samples/s", ran.output)
     assert np.load("out.npz")["output"].shape == (2, 16, 8, 8)
+
+
+@pytest.mark.usefixtures("folder")
+class TestRun:
+    """Outputs, times, and the comparison with a model or a file."""
+
+    @pytest.fixture
+    def files(self, folder: Path) -> None:
+        assert fxq("quantize", "net.py:build", "net.onnx", "--data", "net.py:loader").exit_code == 0
+        done = fxq("quantize", "net.py:build", "float.onnx", "--data", "net.py:loader", "--float")
+        assert (done.exit_code, done.stdout) == (0, "wrote float.onnx\n")
+        assert not any(node.op_type == "QuantizeLinear" for node in onnx.load("float.onnx").graph.node)
+
+    @pytest.mark.usefixtures("files")
+    @pytest.mark.parametrize("reference", ["net.py:build", "float.onnx"])
+    def test_compare_layer_by_layer(self, reference: str) -> None:
+        command = ("run", "net.onnx", "--compare", reference, "--inputs", "net.py:loader", "--repeat", "2")
+        done = fxq(*command, "--min-sqnr", "20", "--no-optimize")
+        assert done.exit_code == 0, done.output
+        rows = [line.split()[:2] for line in done.stdout.splitlines() if "Conv" in line or "Relu" in line]
+        assert [kind for _, kind in rows] == ["Conv", "Relu", "Conv"]
+        assert "3 tensors compared on 4 samples" in done.stdout
+        assert ("float.onnx  p50" in done.stdout) == (reference == "float.onnx")
+        low = fxq(*command, "--min-sqnr", "200", "--worst", "1")
+        assert low.exit_code == 1
+        assert "is below 200 dB" in low.stderr
+        assert sum("Conv" in line or "Relu" in line for line in low.stdout.splitlines()) == 1
+
+    @pytest.mark.usefixtures("files")
+    def test_inputs_and_shapes(self) -> None:
+        save_file({"input": torch.ones(3, 3, 12, 12)}, "x.safetensors")
+        done = fxq("run", "net.onnx", "--inputs", "x.safetensors", "--repeat", "0", "-o", "out.npz")
+        assert done.exit_code == 0, done.output
+        assert "latency" not in done.output
+        (expected,) = Session("net.onnx").run(torch.ones(3, 3, 12, 12))
+        np.testing.assert_array_equal(np.load("out.npz")["output"], expected.numpy())
+        shaped = fxq("run", "net.onnx", "--shape", "input=2x3x12x12", "--repeat", "0")
+        assert "output: float32 2x16x8x8" in shaped.output
+
+    @pytest.mark.parametrize("graph", [(), ("--cuda-graph",)])
+    def test_without_a_gpu_an_engine_says_what_it_is_and_why_it_does_not_run(
+        self, folder: Path, graph: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        write_engine(folder / "net.engine")
+        done = fxq("run", "net.engine", *graph)
+        assert done.exit_code == 2
+        assert done.stdout.splitlines() == [
+            "net.engine: built with tensorrt 10.13.0 on Some GPU (8.9), by fxq 0.1.0, from ONNX abc",
+            "  x: 1x8 to 16x8, tuned for 4x8",
+            "  options: workspace_bytes=1024, weights=stripped",
+            "  kernels: not listed by this builder, and no GPU here could load the engine",
+        ]
+        assert done.stderr.splitlines()[0] == "error: net.engine cannot be run here: torch sees no CUDA GPU"
+        assert "Traceback" not in done.output
+
+    def test_an_engine_beside_another_and_a_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With a torch function behind TensorRT's interface, on the CPU."""
+        inputs = {"x": (torch.float32, (1, 8), (4, 8), (16, 8))}
+        engine = TorchEngine(lambda x: {"y": x * 2}, inputs, {"y": torch.float32})
+        held = TrtSession(TRT, engine, torch.device("cpu"), "test")  # type: ignore[arg-type]
+        monkeypatch.setattr(Engine, "_session", property(lambda _: held))
+        write_engine(folder / "a.engine")
+        (folder / "b.plan").write_bytes(b"of another tool")
+        done = fxq("run", "a.engine", "--compare", "b.plan", "--repeat", "3", "-o", "out.npz")
+        assert done.exit_code == 0, done.output
+        assert "y: float32 4x8" in done.stdout
+        assert [line.split()[0] for line in done.stdout.splitlines() if " p50 " in line] == ["a.engine", "b.plan"]
+        assert np.load("out.npz")["y"].shape == (4, 8)
+        model = onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 19]> g (float[n,8] x) => (float[n,8] y)'
+            "<float c = {2.02}> { y = Mul (x, c) }"
+        )
+        onnx.save(model, folder / "twice.onnx")
+        beside = fxq("run", "b.plan", "--compare", "twice.onnx", "--batch", "3", "--repeat", "1", "--min-sqnr", "50")
+        assert beside.exit_code == 1
+        assert "nothing is known of how it was built" in beside.stdout
+        assert "y: float32 3x8" in beside.stdout
+        assert "y: 40.1 dB is below 50 dB" in beside.stderr
 
 
 def test_quantize_from_a_numpy_file_with_a_recipe(folder: Path) -> None:
@@ -167,6 +272,15 @@ def test_build() -> None:
     assert done.exit_code == 0, done.output
     assert "weighted kernels reading INT8: 3 of 3" in done.output
     assert fxq("report", "good.onnx", "--engine", "builder.log").exit_code == 0
+    assert fxq("report", "good.onnx", "--engine", "good.engine").exit_code == 0
+    again = fxq(
+        "build", "good.onnx", "b.engine", "--optimization-level", "1", "--workspace", "64", "--cache", "engines"
+    )
+    assert again.exit_code == 0, again.output
+    assert len(list(Path("engines").glob("*.engine"))) == 1
+    record = BuildRecord.read(Path("b.engine"))
+    assert record is not None
+    assert (record.options["workspace_bytes"], record.options["optimization_level"]) == (64 << 20, 1)
 
 
 ERRORS = {
@@ -226,6 +340,12 @@ ERRORS = {
     ),
     "no HTML": (("report", "good.onnx", "--format", "html"), "a prediction has no HTML"),
     "no kernels": (("report", "good.onnx", "--engine", "net.py"), "lists no kernels"),
+    "nothing to compare": (("run", "good.onnx", "--min-sqnr", "3"), "there is nothing to compare with"),
+    "no input": (("run", "good.onnx", "--shape", "y=1x2"), "good.onnx has no input y"),
+    "no input shape": (("run", "good.onnx", "--shape", "1x2"), "'1x2' is no input and shape"),
+    "no engine": (("run", "gone.engine"), "there is no engine file gone.engine"),
+    "no engine to report": (("report", "good.onnx", "--engine", "gone.engine"), "there is no engine file gone.engine"),
+    "another reference": (("run", "good.onnx", "--compare", "gone.py:build"), "there is no file gone.py"),
     "nothing to run": (("run", "gone.onnx"), "there is no file gone.onnx"),
 }
 
@@ -239,6 +359,15 @@ def test_errors_are_a_sentence_and_a_next_step(name: str) -> None:
     assert message in done.stderr
     assert "Traceback" not in done.output
     assert not Path("x.onnx").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("folder")
+def test_quantize_on_a_gpu() -> None:
+    done = fxq("quantize", "net.py:build", "net.onnx", "--data", "net.py:loader", "--device", "cuda")
+    assert done.exit_code == 0, done.output
+    found = fxq("run", "net.onnx", "--compare", "net.py:build", "--inputs", "net.py:loader", "--min-sqnr", "20")
+    assert found.exit_code == 0, found.output
 
 
 def test_version() -> None:

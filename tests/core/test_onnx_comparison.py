@@ -147,7 +147,7 @@ def test_as_text_data_and_picture(files: dict[str, Path]) -> None:
     found = fxq.compare_onnx(files["int8"], files["float"], X)
     assert "tensors compared on 4 samples" in str(found)
     assert [row["node"] for row in found.to_dict()["rows"]] == [row.node for row in found.rows]
-    assert "an ONNX file against its reference" in found._repr_html_()
+    assert "a file against its reference" in found._repr_html_()
     assert found.plot().axes
 
 
