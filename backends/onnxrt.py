@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from .trt_profiles import recorded_profiles
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Session", "benchmark"]
+__all__ = ["Inputs", "Session", "benchmark"]
+
+Inputs: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""One tensor, several in the file's order, or all by name."""
 
 _TORCH_DTYPES: Final = {
     "tensor(float)": torch.float32,
@@ -116,7 +119,7 @@ class Session:
 
     def benchmark(
         self,
-        inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+        inputs: Inputs | None = None,
         *,
         batch: int = 1,
         warmup: int = 10,
@@ -135,9 +138,7 @@ class Session:
         """
         return benchmark({"": self}, inputs, batch=batch, warmup=warmup, iterations=iterations).latencies[""]
 
-    def run_all(
-        self, inputs: Mapping[str, Tensor] | Sequence[Tensor], *, nodes_per_step: int = 16
-    ) -> Iterator[tuple[str, Tensor]]:
+    def run_all(self, inputs: Inputs, *, nodes_per_step: int = 16) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that the model computes, in graph order.
 
         The graph runs in steps of a few nodes, each node once. Only what later steps still read is kept, so
@@ -193,7 +194,7 @@ class Session:
         """The file's content."""
         return self._parts().model
 
-    def _repeated(self, inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> Callable[[], Any]:
+    def _repeated(self, inputs: Inputs) -> Callable[[], Any]:
         """A call that runs the model on inputs that are converted once, and leaves its results where they are."""
         feeds = self._feeds(inputs)
         _run(self._session, self.output_names, feeds)  # what does not fit is said here
@@ -205,7 +206,9 @@ class Session:
             self._graph = PartialGraph(self.path)
         return self._graph
 
-    def _feeds(self, inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
+    def _feeds(self, inputs: Inputs) -> dict[str, Tensor]:
+        if isinstance(inputs, Tensor):
+            inputs = [inputs]
         if isinstance(inputs, Mapping):
             feeds = dict(inputs)
         elif len(inputs) == len(self.input_names):
@@ -232,7 +235,7 @@ class Session:
 
 def benchmark(
     sessions: Mapping[str, Session],
-    inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    inputs: Inputs | None = None,
     *,
     batch: int = 1,
     warmup: int = 10,
@@ -254,7 +257,7 @@ def benchmark(
         raise EngineError("there is no file to time", hint='give {"int8": Session("model.onnx"), ...}')
     first = next(iter(sessions.values()))
     given = first.random_inputs(batch) if inputs is None else inputs
-    tensors = list(given.values() if isinstance(given, Mapping) else given)
+    tensors = [given] if isinstance(given, Tensor) else list(given.values() if isinstance(given, Mapping) else given)
     sizes = {len(tensor) for tensor in tensors if tensor.ndim}
     runs = {name: session._repeated(given) for name, session in sessions.items()}
     samples = sizes.pop() if len(sizes) == 1 else None

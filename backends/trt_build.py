@@ -181,7 +181,7 @@ class _Job:
             seconds = time.perf_counter() - start
         del parser  # it owns the weights, so it lives until here
         if plan is None:
-            raise refusal(source, log.errors())
+            raise refusal(source, log.errors(), _next_step(self.options, this_platform()))
         if self.timing_cache is not None:
             write_whole(self.timing_cache, memoryview(config.get_timing_cache().serialize()))
         return memoryview(plan), ranges, seconds
@@ -203,6 +203,18 @@ class _Job:
         if config.add_optimization_profile(profile) < 0:
             raise BuildError(f"TensorRT does not take the optimization profile {ranges}")
         return ranges
+
+
+def _next_step(options: BuildOptions, here: Platform) -> str | None:
+    """What to do about a refused build whose options ask for more than the ordinary one does."""
+    if options.version_compatible:
+        return (
+            "version_compatible takes TensorRT's lean runtime (libnvinfer_lean) along, which has to be installed "
+            "beside the builder; without the option the engine needs this very version"
+        )
+    if options.weights != "embedded" and here.device is None:
+        return f"the builder compiles weights={options.weights!r} for the GPU at hand, and there is none: build there"
+    return None
 
 
 def _make_builder(trt: ModuleType, log: BuildLog) -> Any:

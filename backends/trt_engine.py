@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from .trt_session import Inputs, Session
 
 __all__ = ["Engine", "benchmark"]
 
-_LISTED = 8
+_LOG: Final = logging.getLogger(__name__)
+_LISTED: Final = 8
 """How many kernels a summary names one by one."""
 
 
@@ -230,6 +232,7 @@ class Engine:
                 f"{self.path} cannot be run here: {'; '.join(mismatches)}. It is {self.record}",
                 hint="build it again here from its ONNX file",
             )
+        _LOG.info("loading %s: %s", self.path, self.record or "nothing is known of how it was built")
         trt = self._library()
         engine = load_engine(trt, self.path, host_code=bool(self._option("version_compatible")))
         if self._option("weights") == "stripped":

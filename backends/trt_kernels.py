@@ -1,9 +1,9 @@
 """The kernels of a TensorRT engine, read from the builder's log or from the engine inspector's JSON.
 
 TensorRT-RTX's builder ends its VERBOSE log with a section ``Layers:``, one line a kernel. TensorRT's does
-not; there the inspector of a loaded engine says the same as JSON, in one schema for 10.x
-(``Format/Datatype``) and another for 11.x (``Format`` and ``Datatype`` apart). Both need an engine built with
-detailed profiling verbosity.
+not; there the inspector of a loaded engine says the same, as JSON or (``trtexec --dumpLayerInfo``) in such lines, in
+one schema for 10.x (``Format/Datatype``) and another for 11.x (``Format`` and ``Datatype`` apart). All need an engine
+built with detailed profiling verbosity.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..errors import EngineError
 
 __all__ = [
+    "UNKNOWN",
     "LayerInfo",
     "TensorInfo",
     "kernels_from_file",
@@ -36,6 +37,9 @@ _DTYPES = {
     4), "INT4": ("int4", 4), "Bool": ("bool", 8), "BOOL": ("bool", 8), "E8M0": ("e8m0", 8),
 }  # fmt: skip
 _BITS = dict(_DTYPES.values())
+UNKNOWN: Final = "unknown"
+"""Type of a tensor that the engine does not describe."""
+_QDQ: Final = "QDQ"
 _DTYPE_WORD = re.compile(r"\b(" + "|".join(sorted(_DTYPES, key=len, reverse=True)) + r")\b")
 
 # Bookkeeping that runs no kernel on tensors.
@@ -45,13 +49,21 @@ _WEIGHTED = re.compile(r"conv|correlation|gemm|gett|matmul|matrixmultiply|^fc$|f
 _FUSED = re.compile(r"^(runtime_)?fusion$", re.IGNORECASE)
 _WEIGHTED_NAME = re.compile(r"Fc|Gemm|gemm|MatMul|Corr|Conv|Dot")
 
-# A list is empty or ends in "}]"; the lone "]" of a shape inside it does not end it.
+# A list is empty or ends in "}]"; the lone "]" of a shape inside it does not end it. Reformats have no TacticName.
 _LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>|.*?\})\]"
     r"(?:, Constants: \[(?P<constants>|.*?\})\])?, Outputs: \[(?P<outputs>|.*?\})\], (?:.*?, )?"
-    r"TacticName: (?P<tactic>.*?), StreamId: \d+, (?:.*?, )?Metadata: ?(?P<metadata>.*)"
+    r"StreamId: \d+, (?:.*?, )?Metadata: ?(?P<metadata>.*)"
 )
-_TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([^\]]*)\][^{}]*?, Data[tT]ype: (\w+)")
+_TACTIC = re.compile(r"\], (?:[^\[\]]*, )?TacticName: (.*?), (?:TacticValue|StreamId):")
+_TENSOR = re.compile(
+    r"\{ Name: (.*?), (?:Location: \w+, )?Dimensions: \[([^\]]*)\][^{}]*?(?:, |/)Data[tT]ype: ([^,{}]+)"
+)
+_ORIGIN = re.compile(r"(?:^|, )Origin: (\w+)")
+# 10.x describes no tensor of an engine with dynamic shapes; what a kernel multiplies is then told by its weights, or by
+# the tactic: i8i8_i8i32 and i8f32_i8i32 name types of operands and sums.
+_UNDESCRIBED = "N/A"
+_INT8_TACTIC = re.compile(r"(?:^|_)i8\w{2,3}_i8i32(?:_|$)")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: (.*?)\](?=[\s\x1e\x1f\[]|$)")
 
 
@@ -62,7 +74,8 @@ class TensorInfo:
     Attributes:
         name: TensorRT's name.
         shape: Its dimensions; -1 where they depend on the optimization profile.
-        dtype: ``"int8"``, ``"float32"``, …, or TensorRT's own word where fxq does not know it.
+        dtype: ``"int8"``, ``"float32"``, …; TensorRT's own word where fxq does not know it; :data:`UNKNOWN` where
+            the engine does not say.
     """
 
     name: str
@@ -87,8 +100,9 @@ class LayerInfo:
 
     Attributes:
         name: TensorRT's name of it.
-        kind: TensorRT's layer type, for example ``"correlation"`` or ``"CaskConvolution"``; ``"unknown"`` for
-            a line of the log that could not be read, which then has no tensors.
+        kind: TensorRT's layer type, for example ``"correlation"`` or ``"CaskConvolution"``; ``"QDQ"`` for a
+            ``Reformat`` that is a Q or a DQ by its origin; ``"unknown"`` for a line of the log that could not be read,
+            which then has no tensors.
         inputs: Activations that it reads.
         outputs: What it writes.
         constants: Weights, scales and biases that it holds.
@@ -119,11 +133,18 @@ class LayerInfo:
 
     @property
     def reads_int8(self) -> bool:
-        """True where the activation and the weights (or the second activation) both come in as INT8."""
+        """True where the activation and the weights (or the second activation) both come in as INT8.
+
+        Where the engine does not describe its tensors (10.x, dynamic shapes), INT8 weights or the tactic's name tell.
+        """
         if not self.inputs:
             return False
-        other = self.weights or self.inputs[-1]
-        return self.inputs[0].dtype == "int8" and other.dtype == "int8"
+        weights = self.weights
+        dtypes = {self.inputs[0].dtype, (weights or self.inputs[-1]).dtype}
+        if UNKNOWN not in dtypes:
+            return dtypes == {"int8"}
+        told = (weights is not None and weights.dtype == "int8") or bool(_INT8_TACTIC.search(self.tactic))
+        return told and dtypes <= {"int8", UNKNOWN}
 
     @property
     def activation_bytes(self) -> int | None:
@@ -174,7 +195,7 @@ def tensors_of_engine(text: str) -> tuple[TensorInfo, ...]:
     """
     data = json.loads(text)
     described = [_tensor_from_json(tensor) for tensor in data.get("I/O Tensors", [])]
-    return tuple(described) or tuple(TensorInfo(str(name), (), "unknown") for name in data.get("Bindings", []))
+    return tuple(described) or tuple(TensorInfo(str(name), (), UNKNOWN) for name in data.get("Bindings", []))
 
 
 def kernels_from_file(path: Path) -> tuple[LayerInfo, ...]:
@@ -211,11 +232,11 @@ def _layer_from_line(line: str) -> LayerInfo:
         return LayerInfo(name=line.removeprefix("Name: ").partition(", LayerType: ")[0], kind="unknown")
     return LayerInfo(
         name=match["name"],
-        kind=match["kind"].strip(),
+        kind=_kind(match["kind"].strip(), _ORIGIN.search(line)),
         inputs=_tensors_from_line(match["inputs"]),
         outputs=_tensors_from_line(match["outputs"]),
         constants=_tensors_from_line(match["constants"] or ""),
-        tactic=match["tactic"],
+        tactic=tactic[1] if (tactic := _TACTIC.search(line)) else "",
         onnx_nodes=_onnx_nodes(match["metadata"]),
     )
 
@@ -238,7 +259,7 @@ def _layer_from_json(layer: Mapping[str, Any]) -> LayerInfo:
         constants.append(TensorInfo("Weights", shape, _dtype(str(weights.get("Type", "")))))
     return LayerInfo(
         name=str(layer.get("Name", "")),
-        kind=str(layer.get("LayerType", "unknown")),
+        kind=_QDQ if layer.get("Origin") == _QDQ else str(layer.get("LayerType", "unknown")),
         inputs=tuple(_tensor_from_json(tensor) for tensor in layer.get("Inputs", [])),
         outputs=tuple(_tensor_from_json(tensor) for tensor in layer.get("Outputs", [])),
         constants=tuple(constants),
@@ -255,7 +276,13 @@ def _tensor_from_json(tensor: Mapping[str, Any]) -> TensorInfo:
 
 def _dtype(described: str) -> str:
     word = _DTYPE_WORD.search(described)
-    return _DTYPES[word[1]][0] if word else described or "unknown"
+    if word:
+        return _DTYPES[word[1]][0]
+    return UNKNOWN if not described or described.startswith(_UNDESCRIBED) else described
+
+
+def _kind(kind: str, origin: re.Match[str] | None) -> str:
+    return _QDQ if origin is not None and origin[1] == _QDQ else kind
 
 
 def _onnx_nodes(metadata: str) -> tuple[str, ...]:

@@ -155,12 +155,13 @@ def _parse_failure(source: OnnxSource, errors: list[Any]) -> BuildError:
     return _failure(f"TensorRT's parser refuses {source.name}", lines, first)
 
 
-def refusal(source: OnnxSource, reasons: Iterable[str]) -> BuildError:
+def refusal(source: OnnxSource, reasons: Iterable[str], hint: str | None = None) -> BuildError:
     """The error for a network that parsed but that the builder refuses.
 
     Args:
         source: The model, for the origins of the nodes that the reasons mention by name.
         reasons: What TensorRT logged as errors.
+        hint: The next step, where more is known than that the file may break a rule.
     """
     origins = _origins(source.model) if source.model else {}
     lines, first = [], None
@@ -168,16 +169,16 @@ def refusal(source: OnnxSource, reasons: Iterable[str]) -> BuildError:
         mentioned = [origin for name, origin in origins.items() if _mentions(reason, name)]
         first = first or next(iter(mentioned), None)
         lines.append(" ".join([*reason.split(), *(f"[{origin}]" for origin in mentioned)]))
-    return _failure(f"TensorRT cannot build {source.name}", lines or ["it gives no reason"], first)
+    return _failure(f"TensorRT cannot build {source.name}", lines or ["it gives no reason"], first, hint)
 
 
-def _failure(message: str, lines: list[str], origin: _Origin | None) -> BuildError:
+def _failure(message: str, lines: list[str], origin: _Origin | None, hint: str | None = None) -> BuildError:
     return BuildError(
         "\n".join([f"{message}:", *(f"  - {line}" for line in lines)]),
         node=origin.node if origin else None,
         module_path=origin.module_path if origin else None,
         source=origin.source if origin else None,
-        hint="fxq.lint(path) names the rules that a file breaks; verbose_log=… keeps the whole log",
+        hint=hint or "fxq.lint(path) names the rules that a file breaks; verbose_log=… keeps the whole log",
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypedDict, Unpack
 from torch import fx, nn
 
 from .arguments import example_arguments
-from .batches import each_batch, model_inputs
+from .batches import each_batch, model_inputs, moved
 from .errors import CalibrationError, ConvertError, RecipeError, TraceError
-from .graph import remember, state
+from .graph import device_of, remember, state
 from .leaves import Leaf
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining

@@ -47,6 +47,14 @@ def test_inputs_by_position_and_by_name(two: Path) -> None:
     torch.testing.assert_close(session.run({"b": b, "a": a}), {"sum": a + b, "difference": a - b})
 
 
+def test_one_tensor_is_one_input_whatever_its_length(tmp_path: Path) -> None:
+    session = Session(save("(float[n,2] x) => (float[n,2] y) { y = Neg (x) }", tmp_path / "one.onnx"))
+    for batch in (1, 3):
+        x = torch.randn(batch, 2)
+        torch.testing.assert_close(dict(session.run_all(x)), {"y": -x})
+        assert session.benchmark(x, warmup=0, iterations=1).batch == batch
+
+
 def test_tensors_of_any_stride_and_with_gradients(two: Path) -> None:
     a, b = torch.randn(2, 3).t(), torch.randn(3, 4)[:, ::2].requires_grad_()
     torch.testing.assert_close(Session(two).run(a, b)[0], (a + b).detach())

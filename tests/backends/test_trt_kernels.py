@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from inspector import float_skip
 
 from fxq.backends.trt_kernels import LayerInfo, TensorInfo, kernels_from_inspector, kernels_from_log
 
@@ -85,6 +86,8 @@ def test_a_line_of_another_layout_is_kept_and_says_so() -> None:
         ("deconvolution", "up", True),
         ("CaskConvolution", "conv1 + relu", True),
         ("CaskGemmConvolution", "conv1", True),
+        ("CaskConvActPool", "conv0 + relu0 + pool0", True),
+        ("CaskDeconvolutionV2", "up", True),
         ("MatrixMultiply", "fc", True),
         ("runtime_fusion", "__myl_FcAddRelu_0", True),
         ("runtime_fusion", "__myl_AddRelu_0", False),
@@ -217,6 +220,96 @@ def test_inspector_of_both_versions(layers: dict[str, Any]) -> None:
     assert conv.reads_int8
     assert conv.outputs[0].dtype == "float16"
     assert conv.onnx_nodes == ("conv1", "relu1")
+
+
+def undescribed(layers: dict[str, Any]) -> dict[str, Any]:
+    """The same engine with a dynamic batch, whose tensors 10.x does not describe."""
+    changed = json.loads(json.dumps(layers))
+    for layer in changed["Layers"]:
+        for one in (*layer["Inputs"], *layer["Outputs"]):
+            one["Dimensions"][0] = -1
+            one["Format/Datatype"] = "N/A due to dynamic shapes"
+    return changed  # type: ignore[no-any-return] # json.loads
+
+
+def test_weights_tell_the_type_where_shapes_are_dynamic() -> None:
+    kernels = kernels_from_inspector(json.dumps(undescribed(INSPECTOR_10)))
+    assert kernels is not None
+    reformat, conv = kernels
+    assert [str(one) for one in (*reformat.inputs, *conv.outputs)] == [
+        "x unknown[-1, 16, 4, 4]",
+        "y unknown[-1, 32, 4, 4]",
+    ]
+    assert conv.reads_int8
+    assert not reformat.reads_int8
+    half = undescribed(INSPECTOR_10)
+    half["Layers"][1]["Weights"]["Type"] = "Half"
+    other = kernels_from_inspector(json.dumps(half))
+    assert other is not None
+    assert not other[1].reads_int8
+
+
+@pytest.mark.parametrize(
+    ("tactic", "int8"),
+    [
+        ("sm80_xmma_gemm_i8f32_i8i32_f32_tn_n_by_fusion_tactic", True),
+        ("sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_by_fusion_tactic", False),
+        ("", False),
+    ],
+)
+def test_tactics_tell_the_type_of_products_where_shapes_are_dynamic(tactic: str, int8: bool) -> None:
+    tensors = tuple(TensorInfo(name, (-1, 4, 8), "unknown") for name in "qk")
+    assert LayerInfo("qk", "gemm", tensors, tactic=tactic).reads_int8 is int8
+
+
+def test_a_reformat_that_quantizes_is_told_from_one_that_does_not() -> None:
+    kernels = kernels_from_inspector(json.dumps(float_skip(10, (1, 32, 8, 8))))
+    assert kernels is not None
+    assert [kernel.kind for kernel in kernels] == [
+        "PointWiseV2",
+        "QDQ",
+        "CaskConvolution",
+        "CaskConvolution",
+        "QDQ",
+        "CaskConvolution",
+        "Reformat",
+    ]
+    assert kernels[1].onnx_nodes == ("stem_q",)
+
+
+# The same as lines, as trtexec --dumpLayerInfo prints what 10.x says: types joined with formats, or alone.
+INT8 = "Format/Datatype: Thirty-two wide channel vectorized row major Int8 format"
+LINES_10 = f"""[I] Layers:
+Name: x_q, LayerType: Reformat, Inputs: [ {{ Name: x, Location: Device, Dimensions: [1,16,4,4], \
+Format/Datatype: Row major linear FP32 format }}], Outputs: [ {{ Name: x8, Location: Device, Dimensions: [1,16,4,4], \
+{INT8} }}], ParameterType: Reformat, Origin: QDQ, TacticValue: 0x0, StreamId: 0, \
+Metadata: [ONNX Layer: x_q]
+Name: conv1 + relu1, LayerType: CaskConvolution, Inputs: [ {{ Name: x8, Location: Device, Dimensions: [1,16,4,4], \
+{INT8} }}], Outputs: [ {{ Name: y, Location: Device, Dimensions: [1,32,4,4], Format/Datatype: Channel major FP16 \
+format where channel % 8 == 0 }}], ParameterType: Convolution, Stride: [1,1], TacticName: sm80_xmma_fprop, \
+TacticValue: 0x11, \
+StreamId: 0, Metadata: [ONNX Layer: conv1][ONNX Layer: relu1]
+Name: __myl_AddMul_myl0_1, LayerType: kgen, Inputs: [ {{ Name: y, Dimensions: [1,32,4,4], Format/Datatype: Half }}], \
+Outputs: [ {{ Name: z, Dimensions: [1,32,4,4], Format/Datatype: Half }}], TacticName: __myl_AddMul_0xf2, StreamId: 0, \
+Metadata: [ONNX Layer: add][ONNX Layer: mul]
+
+Bindings:
+x
+z
+"""
+
+
+def test_lines_of_version_10() -> None:
+    kernels = kernels_from_log([LINES_10])
+    assert kernels is not None
+    assert [kernel.kind for kernel in kernels] == ["QDQ", "CaskConvolution", "kgen"]
+    assert [[str(one) for one in (*kernel.inputs, *kernel.outputs)] for kernel in kernels] == [
+        ["x float32[1, 16, 4, 4]", "x8 int8[1, 16, 4, 4]"],
+        ["x8 int8[1, 16, 4, 4]", "y float16[1, 32, 4, 4]"],
+        ["y float16[1, 32, 4, 4]", "z float16[1, 32, 4, 4]"],
+    ]
+    assert [kernel.onnx_nodes for kernel in kernels] == [("x_q",), ("conv1", "relu1"), ("add", "mul")]
+    assert [kernel.tactic for kernel in kernels] == ["", "sm80_xmma_fprop", "__myl_AddMul_0xf2"]
 
 
 def test_inspector_of_an_engine_without_details() -> None:

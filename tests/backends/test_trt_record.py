@@ -127,6 +127,28 @@ class TestOptions:
         plain = net.model("conv", (1, 16, 16, 16)).SerializeToString()
         trt_build._check_refit(trt_build.OnnxSource(plain), BuildOptions(weights="refittable"))
 
+    @pytest.mark.usefixtures("trt")
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's builder may take them")
+    @pytest.mark.parametrize(
+        ("quantized", "option", "message"),
+        [
+            (True, {"weights": "stripped"}, r"weights='stripped' for the GPU at hand, and there is none"),
+            (False, {"weights": "refittable"}, r"weights='refittable' for the GPU at hand, and there is none"),
+            (True, {"version_compatible": True}, r"libnvinfer_lean.*lean runtime"),
+        ],
+        ids=str,
+    )
+    def test_what_this_builder_refuses_says_why_and_leaves_nothing(
+        self, tmp_path: Path, quantized: bool, option: dict[str, Any], message: str
+    ) -> None:
+        net = QdqModel(batch=1)
+        net.conv(net.qdq("x") if quantized else "x", "conv", (16, 16), quantized=quantized)
+        model = net.model("conv", (1, 16, 16, 16)).SerializeToString()
+        with pytest.raises(BuildError, match=f"(?s)TensorRT cannot build the ONNX model:\n  - .*{message}"):
+            build(model, tmp_path / "m.engine", **option)
+        assert list(tmp_path.iterdir()) == []
+        build(model, tmp_path / "m.engine")  # the builder is none the worse for it
+
     @pytest.mark.gpu
     @pytest.mark.usefixtures("trt")
     @pytest.mark.parametrize("quantized", [True, False])

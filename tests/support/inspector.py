@@ -1,7 +1,9 @@
 """The engine inspector's JSON of TensorRT 10 and 11, made by hand after NVIDIA's documentation; no engine wrote it.
 
-10.x joins format and type of a tensor in one text and names the engine's inputs and outputs under ``Bindings``; 11.x
-has ``Format`` and ``Datatype`` apart and describes them under ``I/O Tensors``.
+Its keys, and the words in them, are those that users have published of engines of 10.x: a Q or DQ that is a kernel
+of its own is a ``Reformat`` whose ``Origin`` is ``QDQ``, and has no tactic's name. 10.x joins format and type of a
+tensor in one text and names the engine's inputs and outputs under ``Bindings``; 11.x has ``Format`` and ``Datatype``
+apart and describes them under ``I/O Tensors``.
 """
 
 from __future__ import annotations
@@ -30,18 +32,26 @@ def layer(
     outputs: list[tuple[Any, ...]],
     nodes: Sequence[str],
 ) -> dict[str, Any]:
-    """One layer; convolutions have INT8 weights."""
+    """One layer; convolutions have INT8 weights, and the kind ``QDQ`` is a Q or a DQ."""
     row: dict[str, Any] = {
         "Name": name,
-        "LayerType": kind,
+        "LayerType": "Reformat" if kind == "QDQ" else kind,
         "Inputs": [tensor(version, *one) for one in inputs],
         "Outputs": [tensor(version, *one) for one in outputs],
-        "TacticName": "",
+        "TacticValue": "0x00000000000003e8",
         "StreamId": 0,
         "Metadata": "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes),
     }
+    if kind in ("QDQ", "Reformat"):
+        row |= {"ParameterType": "Reformat", "Origin": "QDQ" if kind == "QDQ" else "REFORMAT"}
     if kind == "CaskConvolution":
-        row |= {"OutMaps": 32, "Weights": {"Type": "Int8", "Count": 9216}, "Bias": {"Type": "Float", "Count": 32}}
+        row |= {"TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32", "Groups": 1}
+        row |= {
+            "ParameterType": "Convolution",
+            "OutMaps": 32,
+            "Weights": {"Type": "Int8", "Count": 9216},
+            "Bias": {"Type": "Float", "Count": 32},
+        }
     return row
 
 
@@ -53,12 +63,12 @@ def float_skip(version: int, shape: Sequence[int]) -> dict[str, Any]:
 
     layers = [
         layer(version, "PWN(stem)", "PointWiseV2", [at("x", "float32")], [at("stem", "float32")], ["stem"]),
-        layer(version, "stem_q", "Quantize", [at("stem", "float32")], [at("stem_q", "int8")], ["stem_q"]),
+        layer(version, "stem_q", "QDQ", [at("stem", "float32")], [at("stem_q", "int8")], ["stem_q"]),
         layer(version, "conv1 + relu1", "CaskConvolution", [at("stem_q", "int8")], [at("relu1_q", "int8")],
               ["conv1", "relu1", "relu1_q"]),
         layer(version, "conv2 + add + relu2", "CaskConvolution", [at("relu1_q", "int8"), at("stem", "float32")],
               [at("relu2", "float32")], ["conv2", "add", "relu2"]),
-        layer(version, "relu2_q", "Quantize", [at("relu2", "float32")], [at("relu2_q", "int8")], ["relu2_q"]),
+        layer(version, "relu2_q", "QDQ", [at("relu2", "float32")], [at("relu2_q", "int8")], ["relu2_q"]),
         layer(version, "conv3", "CaskConvolution", [at("relu2_q", "int8")], [at("conv3 inner", "float32")], ["conv3"]),
         layer(version, "Reformatting CopyNode for Output Tensor 0 to conv3", "Reformat", [at("conv3 inner", "float32")],
               [at("conv3", "float32")], []),
