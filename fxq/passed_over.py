@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeGuard
 
 from torch import fx
@@ -141,33 +141,32 @@ def _quantized_behind(node: fx.Node, target: Target) -> str | None:
 
 def _nearest_miss(add: fx.Node, target: Target) -> str | None:
     """The weighted operation that came nearest to taking the addition along, and what it lacked."""
-    found = [miss for operand in add.args[:2] if (miss := _miss(read_tensor(operand), add, target)) is not None]
-    return min(found)[1] if found else None
-
-
-def _miss(node: Any, add: fx.Node, target: Target) -> tuple[int, str] | None:
-    """How many operations lie between `add` and a weighted one before it, and what keeps them apart."""
-    between: list[fx.Node] = []
-    reader = add
-    while isinstance(node, fx.Node) and len(between) <= _REACH:
-        others = [user.name for user in node.users if user is not reader and not is_quantization(user)]
-        if kind_name(node) in target.residual.weighted:
-            if between:
-                apart = ", ".join(f"{n.name} ({kind_name(n)})" for n in reversed(between))
-                stands = "stands" if len(between) == 1 else "stand"
-                return len(between), f"{node.name} would take it along, but {apart} {stands} between them"
-            if others:
-                return 0, f"{node.name} would take it along, but {', '.join(others)} also reads its result"
-            return None
+    waiting: list[tuple[Any, fx.Node, tuple[fx.Node, ...]]] = [(operand, add, ()) for operand in add.args[:2]]
+    seen: set[fx.Node] = set()
+    for found, asking, between in waiting:  # the nearest first: those that are farther are added behind
+        node: Any = found
+        reader = asking
+        while isinstance(node, fx.Node) and is_quantization(node):
+            node, reader = node.args[0], node
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
         if kind_name(node) in target.weighted:
-            return len(
-                between
-            ), f"{node.name} comes before it, but is a {kind_name(node)}, which takes no addition along"
-        between.append(node)
-        moving = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if len(moving) != 1:
-            return None
-        reader, node = node, moving[0]
-        while is_quantization(node):
-            reader, node = node, node.args[0]
+            why = _miss(node, reader, between, target)
+            if why is not None:
+                return why
+        elif len(between) < _REACH:
+            moving = [n for n in node.all_input_nodes if n.op != "get_attr" and _floats(n)]
+            waiting += [(n, node, (node, *between)) for n in moving]
     return None
+
+
+def _miss(node: fx.Node, reader: fx.Node, between: Sequence[fx.Node], target: Target) -> str | None:
+    """What keeps a weighted operation from an addition behind it; None if nothing does."""
+    if kind_name(node) not in target.residual.weighted:
+        return f"{node.name} comes before it, but is a {kind_name(node)}, which takes no addition along"
+    if between:
+        apart = ", ".join(f"{n.name} ({kind_name(n)})" for n in between)
+        return f"{node.name} would take it along, but {apart} {'stands' if len(between) == 1 else 'stand'} between them"
+    others = [user.name for user in node.users if user is not reader and not is_quantization(user)]
+    return f"{node.name} would take it along, but {', '.join(others)} also reads its result" if others else None

@@ -98,6 +98,13 @@ def test_the_nearest_miss_of_an_addition() -> None:
     assert both.nearest_miss == "conv would take it along, but mul also reads its result"
     assert edge(explained(far), "add", "x").nearest_miss is None
 
+    def gated(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.conv(F.relu(x))
+        return y * torch.sigmoid(y.mean((2, 3), keepdim=True)) + x
+
+    gate = edge(explained(gated, conv=conv()), "add", "x")
+    assert gate.nearest_miss == "conv would take it along, but mul (mul) stands between them"
+
 
 def test_what_has_no_weights() -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
