@@ -54,7 +54,8 @@ def trace(
         example_kwargs: More inputs by name.
         target: ``"tensorrt"``, ``"tensorrt-fast"``, a target file, or a Target.
         recipe: What to quantize beyond the target's defaults.
-        leaf_modules: Module types or paths that stay whole; functions marked with torch.fx.wrap, or their names, too.
+        leaf_modules: Module types or paths that stay whole, and functions marked with ``torch.fx.wrap``, or their
+            names: others are traced through where their decisions depend on shapes alone.
         concrete_args: Parameters of forward fixed to a value.
         dynamic_shapes: Which dimensions of the inputs stay expressions when the model reads their size: ``"any"``
             (default), ``"batch"``, None, or a dict as for :func:`export`. The others are read as plain numbers.
@@ -210,6 +211,7 @@ def quantize(
     target: str | Path | Target = "tensorrt",
     max_batches: int | None = None,
     progress: bool = True,
+    **tracing: Unpack[TraceOptions],
 ) -> fx.GraphModule:
     """:func:`prepare`, :func:`calibrate` and :func:`convert` in one call.
 
@@ -220,15 +222,19 @@ def quantize(
         target: ``"tensorrt"``, ``"tensorrt-fast"``, a target file, or a Target.
         max_batches: Stop calibration after so many.
         progress: Show a progress bar if stderr is a terminal.
+        tracing: What else :func:`trace` takes: ``leaf_modules``, ``concrete_args``, ``dynamic_shapes`` and
+            ``on_untraceable``. The first batch is the example.
 
     Raises:
         CalibrationError: There is no batch.
+        TraceError: Tracing stopped.
     """
     iterator = iter(each_batch(batches))
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there is no batch to calibrate on", hint="pass an iterable of inputs")
     args, kwargs = moved(model_inputs(model, first), device_of(model))
-    prepared = prepare(model, args, example_kwargs=kwargs, recipe=recipe, target=target)
+    tracing["example_kwargs"] = kwargs
+    prepared = prepare(model, args, recipe=recipe, target=target, **tracing)
     calibrate(prepared, itertools.chain([first], iterator), max_batches=max_batches, progress=progress)
     return convert(prepared)

@@ -249,6 +249,25 @@ def test_a_model_on_a_gpu_stays_there_until_export(tmp_path: Path) -> None:
     assert sqnr_db(quantized(batch).cpu(), exported) > 25
 
 
+def test_quantize_traces_as_it_is_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Rescaled(), nn.Conv2d(4, 4, 3)).eval()
+    with pytest.raises(TraceError):
+        fxq.quantize(model, [image(2, 3, 8, 8)], progress=False)
+    quantized = fxq.quantize(
+        model, [image(2, 3, 8, 8)], progress=False, on_untraceable="leaf", leaf_modules=["0"], dynamic_shapes=None
+    )
+    totals = fxq.report(quantized).totals
+    assert (totals.weighted, totals.weighted_quantized) == (2, 1)
+    assert quantized(image(2, 3, 8, 8)).shape == (2, 4, 4, 4)
+
+
+class Rescaled(nn.Module):
+    """Decides by values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.max() if x.max() > 1 else x
+
+
 def test_trained_resnet20_keeps_its_accuracy(real_data: Path, tmp_path: Path) -> None:
     model, train, _, test, labels = cifar(real_data)
     quantized = fxq.quantize(model, train[:512].split(32), progress=False)
