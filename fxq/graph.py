@@ -41,6 +41,7 @@ __all__ = [
     "remember",
     "set_state",
     "state",
+    "stored_alone",
     "tensor_info",
     "update_state",
 ]
@@ -271,6 +272,15 @@ def reads_sizes(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _SIZES
     return node.target is getattr and node.args[1] in _SIZES
+
+
+def stored_alone(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values depend on no input, only on stored tensors and constants."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "placeholder" and (reads_sizes(node) or found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def chain_users(node: fx.Node, through: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

@@ -20,7 +20,10 @@ from .proxies import LIBRARIES, AttributeProxy, StoredProxy, TensorProxy
 __all__ = ["questions", "stored_tensors"]
 
 _PROXIES: Final = (TensorProxy, AttributeProxy, StoredProxy)
-_METHODS: Final = ("__getitem__", "expand", "narrow", "repeat", "reshape", "tile", "unflatten", "view")
+_METHODS: Final = (
+    *("__getitem__", "expand", "narrow", "repeat", "reshape", "tile", "unflatten", "view"),
+    *("new_empty", "new_full", "new_ones", "new_zeros"),
+)
 """Methods of tensors that take sizes and that torch does not let a proxy into."""
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..editor import Editor
 from ..errors import RecipeError, TargetError
-from ..graph import Annotation, State, constant, edge_annotations, error_at, origin, state, tensor_info
+from ..graph import Annotation, State, constant, edge_annotations, error_at, origin, state, stored_alone, tensor_info
 from ..ops import KINDS, kind_name, named, products
 from ..passbase import Pass
 from ..recipe import KEEP, PerChannel, PerTensor, QSpec, Recipe, Rule
@@ -34,7 +34,8 @@ class Annotate(Pass):
     recipe's rules change that, the last match winning edge by edge. Nothing is inserted yet: an annotation
     says what and why.
 
-    Declines, with a note: operations whose weight is computed in the graph (R35). Tensors that are not
+    Declines, with a note: operations whose weight is computed in the graph (R35), and those that read stored tensors
+    alone, which the builder computes once (R18), unless a recipe speaks of them. Tensors that are not
     floating have nothing to quantize.
 
     Raises:
@@ -52,11 +53,16 @@ class Annotate(Pass):
         _check_kinds(now.target)
         matched: set[int] = set()
         effective: set[int] = set()
+        computed_once = stored_alone(editor.graph)
         for node in editor.graph.nodes:
             if node.op not in ("call_function", "call_method", "call_module"):
                 continue
             rules = [(i, r) for i, r in enumerate(now.recipe.rules) if matches(r, node)]
             matched.update(i for i, _ in rules)
+            explicit = any(rule.explicit for _, rule in rules)
+            if node in computed_once and kind_name(node) in now.target.ops and not explicit:
+                editor.note(node, "R18", "it reads stored tensors alone, so it is computed once, and stays float")
+                continue
             effective.update(self._annotate(editor, node, now.target, rules))
         _check_rules(now.recipe, matched, effective, editor.gm)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from networks import images, sqnr_db
 from torch import nn
-from torchvision_models import torchvision_model
+from torchvision_models import torchvision_model, torchvision_video_room
 
 import fxq
 from fxq.backends.onnxrt import Session
@@ -27,6 +27,7 @@ ZOO: dict[str, tuple[int, int, dict[str, Any]]] = {
     "resnext50_32x4d": (54, 16, {}),
     "shufflenet_v2_x0_5": (57, 0, {}),
     "squeezenet1_1": (26, 0, {}),
+    "swin_t": (77, 0, {}),
     "vgg11_bn": (11, 0, {}),
     "vit_b_32": (98, 0, VIT),
 }
@@ -43,6 +44,21 @@ def network(name: str) -> nn.Module:
     return model
 
 
+def small_mvit() -> nn.Module:
+    """Two blocks of the second MViT, whose marked functions add positions and shortcuts to slices in place."""
+    video = torchvision_video_room()
+    shared = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3]}
+    blocks = [
+        video.MSBlockConfig(1, 32, 32, **shared, stride_q=[1, 1, 1], stride_kv=[1, 2, 2]),
+        video.MSBlockConfig(2, 32, 64, **shared, stride_q=[1, 2, 2], stride_kv=[1, 1, 1]),
+    ]
+    options = {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = video.MViT((32, 32), 4, blocks, num_classes=16, stochastic_depth_prob=0.0, **options)
+    return model.eval()
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_everything_weighted_is_quantized(name: str) -> None:
     model, weighted, skips = network(name), *ZOO[name][:2]
@@ -50,9 +66,20 @@ def test_everything_weighted_is_quantized(name: str) -> None:
     totals = fxq.report(prepared).totals
     assert (totals.weighted, totals.weighted_quantized) == (weighted, weighted)
     assert totals.skips_quantized == skips
-    assert totals.residuals == skips or name in ("convnext_tiny", "vit_b_32")
+    assert totals.residuals == skips or name in ("convnext_tiny", "swin_t", "vit_b_32")
     with torch.inference_mode():
         torch.testing.assert_close(prepared(images(2, 64)), model(images(2, 64)), rtol=1e-3, atol=1e-3)
+
+
+def test_video_attention_that_writes_in_place() -> None:
+    model = small_mvit()
+    clips = images(4, 36)[:, :, None, :32, :32].repeat(1, 1, 4, 1, 1).view(4, 3, 4, 32, 32)
+    prepared = fxq.prepare(model, clips)
+    rows = fxq.report(prepared).weighted
+    assert all(row.precision == "int8" for row in rows)
+    assert len([row for row in rows if row.kind == "matmul"]) == 2 * 5  # three for positions, two for attention
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared(clips), model(clips), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.usefixtures("trt")

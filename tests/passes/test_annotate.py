@@ -153,6 +153,22 @@ def test_a_computed_weight_declines() -> None:
     assert note.text == "its weight is computed in the graph, so it stays float"
 
 
+def test_what_reads_stored_tensors_alone_is_computed_once() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        first, second = m.two(torch.relu(m.one(m.table))), m.one(m.table.new_ones(x.shape[-1], 4))
+        return m.main(x) + first.sum(0) + second.sum(0)
+
+    parts = {"one": nn.Linear(4, 6), "two": nn.Linear(6, 6), "main": nn.Linear(5, 6)}
+    model = seeded(lambda: Lambda(forward, **parts, table=torch.randn(3, 4)))
+    gm = annotated(model, image(2, 5))
+    assert [n.name for n in of_kind(gm, "linear") if decided(gm, n.name)] == ["main"]
+    assert {(n.node, n.rule) for n in notes(gm) if "computed once" in n.text} == {
+        ("one", "R18"), ("two", "R18"), ("one_1", "R18"),
+    }  # fmt: skip
+    wished = annotated(model, image(2, 5), recipe=rules(Rule("two", EdgeSpecs(input=MAX, weight=MAX))))
+    assert {n.name for n in of_kind(wished, "linear") if decided(wished, n.name)} == {"main", "two"}
+
+
 def test_integers_have_nothing_to_quantize() -> None:
     gm = annotated(
         Lambda2(lambda _, x, y: x @ y),

@@ -57,3 +57,11 @@ def torchvision_transforms() -> Any:
     import torchvision.transforms
 
     return torchvision.transforms
+
+
+def torchvision_video_room() -> Any:
+    """The module ``torchvision.models.video.mvit``."""
+    _declare_operators()
+    import torchvision.models.video.mvit
+
+    return torchvision.models.video.mvit
