@@ -33,6 +33,7 @@ class Target:
         ops: Op kind to placement.
         residual: How residual additions are treated.
         concat: Which concatenations are quantized for the sake of what lies behind their readers.
+        separates: Op kinds of packed projections that are written as one for each part (queries, keys, values).
         ties: Op kinds whose inputs and output share one scale (R19, R27).
         absorbs: Op kinds that the quantized op before them computes on its way out, so that the output's quantizer
             belongs behind them (ORT3).
@@ -54,6 +55,7 @@ class Target:
     ops: Mapping[str, OpPlacement]
     residual: Residual = field(default_factory=Residual)
     concat: Concat = field(default_factory=Concat)
+    separates: frozenset[str] = frozenset()
     ties: frozenset[str] = frozenset()
     absorbs: frozenset[str] = frozenset()
     adds: frozenset[str] = frozenset()
@@ -77,7 +79,7 @@ class Target:
         """Every op kind that its data names."""
         bias = [self.bias.kinds] if self.bias is not None else []
         named = [self.residual.weighted, self.concat.kinds, self.concat.through, self.ties, *bias]
-        named += [self.absorbs, self.adds, self.decomposes]
+        named += [self.absorbs, self.adds, self.decomposes, self.separates]
         return frozenset(self.ops).union(*named, *(h.kinds for h in self.heuristics))
 
     @cached_property
@@ -147,6 +149,7 @@ class Target:
                 },
                 residual=Residual.read(data.get("residual", {}), where),
                 concat=Concat.read(data.get("concat", {}), where),
+                separates=frozenset(kinds_in(data.get("separates", []), where)),
                 ties=frozenset(kinds_in(data.get("ties", []), where)),
                 absorbs=frozenset(kinds_in(data.get("absorbs", []), where)),
                 adds=frozenset(kinds_in(data.get("adds", []), where)),

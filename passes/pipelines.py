@@ -27,6 +27,7 @@ from .quantize_biases import QuantizeBiases
 from .quantize_concat import QuantizeConcat
 from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
+from .separate_projections import SeparateProjections
 from .set_aside_training import SetAsideTraining
 from .tie_scales import TieScales
 from .write_clamped_sums import WriteClampedSums
@@ -43,6 +44,7 @@ PREPARE: Final = Pipeline(
         Canonicalize(),
         DropIdentities(),
         FuseBatchNorm(),
+        SeparateProjections(),
         DecomposeAttention(),
         DecomposeActivations(),
         Annotate(),

@@ -27,7 +27,7 @@ ZOO: dict[str, tuple[int, int, dict[str, Any]]] = {
     "resnext50_32x4d": (54, 16, {}),
     "shufflenet_v2_x0_5": (57, 0, {}),
     "squeezenet1_1": (26, 0, {}),
-    "swin_t": (77, 0, {}),
+    "swin_t": (101, 0, {}),
     "vgg11_bn": (11, 0, {}),
     "vit_b_32": (98, 0, VIT),
 }

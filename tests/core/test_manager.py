@@ -62,8 +62,8 @@ def names(pipeline: Pipeline) -> list[str]:
 def test_the_prepare_pipeline() -> None:
     assert str(PREPARE) == (
         "prepare(functionalize, expand-modules, expand-attention, decompose-products, canonicalize, drop-identities, "
-        "fuse-batch-norm, decompose-attention, decompose-activations, annotate, advise, residual-add, "
-        "quantize-concat, propagate-quantization, tie-scales, insert-quantizers)"
+        "fuse-batch-norm, separate-projections, decompose-attention, decompose-activations, annotate, advise, "
+        "residual-add, quantize-concat, propagate-quantization, tie-scales, insert-quantizers)"
     )
     assert names(CONVERT)[-3:] == ["convert-quantizers", "write-clamped-sums", "quantize-biases"]
     PREPARE.check_order(frozenset({"traced"}))

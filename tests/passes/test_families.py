@@ -43,7 +43,7 @@ ADVICE = {"transposed": {"R43"}}
 """Rules that the check of the file speaks of, as advice; nothing is ever worse."""
 FLOAT = {"transposed": 2, "whole attention": 2}
 """Weighted kernels that this builder runs in float: transposed convolutions always, attention by rule."""
-FUSED = {"tokens": 4, "windows": 2}
+FUSED = {"tokens": 4, "windows": 4, "whole attention": 1}
 """Products that share a kernel: those of attention have one of their own, queries, keys and values another."""
 
 
