@@ -52,6 +52,9 @@ DTYPES: Final[Mapping[str, QDType]] = {
     for d in (
         QDType("int8", -128, 127, torch.int8),
         QDType("uint8", 0, 255, torch.uint8),
+        QDType(
+            "int7", -64, 63, torch.int8
+        ),  # int8 of half the range, for kernels that add pairs of products in 16 bits
         QDType("int4", -8, 7, torch.int8),
         QDType("uint4", 0, 15, torch.uint8),
         QDType("int2", -2, 1, torch.int8),

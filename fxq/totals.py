@@ -18,6 +18,7 @@ from .verify import quantizer_of
 __all__ = ["Totals", "count"]
 
 _SCALE_BYTES: Final = 4
+_PACKED: Final = 4
 
 
 @dataclass(frozen=True)
@@ -114,4 +115,6 @@ def _spec_of(quantized: fx.Node) -> QSpec | None:
 
 
 def _bits(dtype: QDType) -> int:
-    return dtype.storage.itemsize * 8 if dtype.floating else int(dtype.qmax - dtype.qmin).bit_length()
+    """Bits that a value takes in a file, where nothing between 4 and 8 is packed."""
+    bits = int(dtype.qmax - dtype.qmin).bit_length()
+    return dtype.storage.itemsize * 8 if dtype.floating or bits > _PACKED else bits

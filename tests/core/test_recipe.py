@@ -104,7 +104,7 @@ def test_text(spec: QSpec, text: str) -> None:
 
 
 WRONG_SPECS: list[tuple[dict[str, Any], str]] = [
-    ({"dtype": "int7"}, "unknown dtype 'int7'"),
+    ({"dtype": "int9"}, "unknown dtype 'int9'"),
     ({"dtype": torch.int8}, "dtype=torch.int8 means nothing"),
     ({"symmetric": "yes"}, "symmetric='yes' means nothing"),
     ({"granularity": "per-row"}, "unknown granularity 'per-row'"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import basic_net, image, seeded
 
 import fxq
-from fxq.errors import TargetError
+from fxq.errors import ExportError, TargetError
 from fxq.graph import edge_annotations
 from fxq.ops import kind_name
 from fxq.passes import PropagateQuantization
@@ -243,3 +243,24 @@ def test_explanations_cite_the_targets_own_rules() -> None:
     assert found["mul", 0][0] == found["mul", 1][0] == "ORT4"
     assert found["gelu", 0] == ("ORT9", "there is no kernel that computes it from integers to integers")
     assert all(rule.startswith("ORT") for rule, _ in found.values())
+
+
+def test_weights_of_seven_bits_are_four_lines_of_a_file() -> None:
+    """Two products of uint8 by such a weight stay within 16 bits (ORT10)."""
+    net = model(lambda m, x: m.b(torch.relu(m.a(x))))
+    gm = prepared(net, image(*X), target="onnxruntime-avx2")
+    fxq.calibrate(gm, [image(*X, seed=seed) for seed in range(3)], progress=False)
+    converted = fxq.convert(gm)
+    weights = [converted.get_buffer(f"{name}.weight") for name in ("a", "b")]
+    assert {w.dtype for w in weights} == {torch.int8}
+    assert {int(w.abs().amax()) for w in weights} == {63}
+    assert 2 * 255 * 64 < 2**15
+    assert decided(gm, "a")[1] == "int7 per-channel(0) max ORT1"
+
+
+def test_seven_bits_cannot_be_exported_for_activations(tmp_path: Path) -> None:
+    recipe = Recipe([Rule("a", EdgeSpecs(input=QSpec("int7", symmetric=True)))])
+    gm = prepared(model(lambda m, x: m.a(x)), image(*X), recipe=recipe, target=ORT)
+    fxq.calibrate(gm, [image(*X, seed=seed) for seed in range(2)], progress=False)
+    with pytest.raises(ExportError, match=r"QuantizeLinear does not take int7[\s\S]*int8"):
+        fxq.export(fxq.convert(gm), tmp_path / "x.onnx")
