@@ -297,7 +297,10 @@ def _make_session(model: str | bytes, *, optimize: bool, threads: int | None) ->
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
     except _failures() as error:
-        raise EngineError(f"ONNX Runtime cannot load the model: {error}") from error
+        raise EngineError(
+            f"ONNX Runtime cannot load the model: {error}",
+            hint="name a whole ONNX file, of types and operators that ONNX Runtime has on the CPU",
+        ) from error
 
 
 def _has_float16_scales(model: str | bytes) -> bool:

@@ -121,7 +121,7 @@ def quantize(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(help="tensorrt, tensorrt-fast, or a target's YAML file.", rich_help_panel=MODEL)
+        str, typer.Option(help="tensorrt, tensorrt-fast, onnxruntime, or a target's YAML file.", rich_help_panel=MODEL)
     ] = "tensorrt",
     device: Annotated[str, typer.Option(help="Where to calibrate: cpu, cuda, cuda:1.", rich_help_panel=MODEL)] = "cpu",
     unquantized: Annotated[

@@ -164,11 +164,26 @@ def _given(source: str | None, runner: Runner) -> dict[str, Tensor] | None:
     else:
         batch = next(iter(load_batches(source)), None)
     if isinstance(batch, Mapping):
-        return dict(batch)
-    tensors = list(batch) if isinstance(batch, tuple | list) else [] if batch is None else [batch]
-    if len(tensors) < len(names):
-        raise FxqError(f"{source} gives {len(tensors)} inputs, and {runner.name} takes {', '.join(names)}")
-    return dict(zip(names, tensors, strict=False))
+        given = dict(batch)
+    else:
+        values = list(batch) if isinstance(batch, tuple | list) else [] if batch is None else [batch]
+        if len(values) < len(names):
+            raise FxqError(f"{source} gives {len(values)} inputs, and {runner.name} takes {', '.join(names)}")
+        given = dict(zip(names, values, strict=False))
+    return {name: _tensor(name, value, source) for name, value in given.items()}
+
+
+def _tensor(name: str, value: Any, source: str) -> Tensor:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise FxqError(
+            f"{source} gives a {type(value).__name__} for the input {name}", hint="give tensors or numpy arrays"
+        ) from None
 
 
 def _shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

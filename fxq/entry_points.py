@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 from zipfile import BadZipFile
@@ -150,7 +150,27 @@ def load_batches(
     found = _called(source)
     if not isinstance(found, Iterable):
         raise FxqError(f"{source} gives a {type(found).__name__}", hint="give a DataLoader, or any iterable of inputs")
-    return found
+    return found if isinstance(found, torch.Tensor | np.ndarray | Mapping) else _UsersBatches(found, source)
+
+
+class _UsersBatches:
+    """Batches of the user's own code, whose errors say where they came from."""
+
+    def __init__(self, batches: Iterable[Any], source: str) -> None:
+        self.batches, self.source = batches, source
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type] # a TypeError, for generators, is what len() is to raise
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.batches
+        except FxqError:
+            raise
+        except Exception as error:
+            raise FxqError(
+                f"{self.source} failed: {type(error).__name__}: {error}", hint="--debug shows where"
+            ) from error
 
 
 def _batches(tensors: dict[str, torch.Tensor], size: int) -> list[Any]:

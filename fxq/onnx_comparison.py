@@ -8,6 +8,7 @@ any two files of one model can be compared.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def compare_onnx(path: str | Path, reference: nn.Module | str | Path, inputs: An
         raise CalibrationError("there is no input to compare on", hint="pass one batch or more")
     file = _File(path)
     other: _File | _Graph = (
-        _Graph(reference, file.positional(batches[0])) if isinstance(reference, nn.Module) else _File(reference)
+        _Graph(reference, file.fitted(reference, batches[0])) if isinstance(reference, nn.Module) else _File(reference)
     )
     sums: dict[str, ErrorSums] = {}
     samples = 0
@@ -155,11 +156,13 @@ class _File:
         self.names = frozenset(self.labels.values())
         self.name = self.session.path.name
 
-    def positional(self, batch: Any) -> Any:
-        """A batch by the file's input names as a tuple in their order; any other as it is."""
-        if isinstance(batch, Mapping) and set(batch) == set(self.session.input_names):
-            return tuple(batch[name] for name in self.session.input_names)
-        return batch
+    def fitted(self, model: nn.Module, batch: Any) -> Any:
+        """A batch by the file's input names as a tuple in their order, if the model has other names; else as it is."""
+        names = self.session.input_names
+        if not isinstance(batch, Mapping) or set(batch) != set(names):
+            return batch
+        known = set(names) <= set(inspect.signature(model.forward).parameters)
+        return batch if known else tuple(batch[name] for name in names)
 
     def begin(self, batch: Any, _: _File) -> tuple[Values, Mapping[str, Tensor]]:
         """Every tensor of a run on a batch, and what the other side is to be given."""
@@ -205,11 +208,7 @@ class _Graph:
         """What each node gives on a batch, and the tensors of the batch in the order of the file's inputs."""
         from .backends.onnx_inputs import placeholder_values
 
-        try:
-            found = model_inputs(self.gm, batch)
-        except CalibrationError:
-            found = model_inputs(self.gm, file.positional(batch))
-        given = moved(found, device_of(self.gm))
+        given = moved(model_inputs(self.gm, file.fitted(self.gm, batch)), device_of(self.gm))
         leaves = pytree.tree_leaves(placeholder_values(self.gm, *given))
         return self._values(given), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

@@ -140,7 +140,7 @@ def is_engine(path: Path) -> bool:
     """Whether a file is an engine, by its ending or a record beside it."""
     from .backends.trt_record import record_path
 
-    return path.suffix in ENGINE_FILES or record_path(path).is_file()
+    return path.suffix in ENGINE_FILES or (path.is_file() and record_path(path).is_file())
 
 
 @dataclass(frozen=True)

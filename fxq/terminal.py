@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -33,6 +34,9 @@ def reported(function: F) -> F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if not debug.get():
+            # torch logs the traceback of what fxq reports as an error of the model.
+            logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         try:
             return function(*args, **kwargs)
         except (FxqError, OSError) as error:

@@ -42,6 +42,14 @@ def loader():
 def broken():
     raise RuntimeError("no weights here")
 number = 3
+def strings():
+    return ["a"]
+def failing():
+    yield torch.randn(2, 3, 12, 12)
+    raise KeyError("label")
+class Wrong(torch.nn.Module):
+    def forward(self, x):
+        return x @ torch.ones(3, 3)
 """
 
 
@@ -328,6 +336,11 @@ ERRORS = {
     ),
     "no such input": (("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--dynamic", "y:0=n"), "y"),
     "no target": (("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--target", "tensort"), "tensort"),
+    "data that fail": (("quantize", "net.py:build", "x.onnx", "--data", "net.py:failing"), "failed: KeyError: 'label'"),
+    "a model that fails": (("quantize", "net.py:Wrong", "x.onnx", "--data", "net.py:loader"), "net.py:18"),
+    "no tensors": (("run", "good.onnx", "--inputs", "net.py:strings"), "net.py:strings gives a str for the input x"),
+    "a folder to run": (("run", "."), "there is no file ."),
+    "no kernels in a folder": (("report", "good.onnx", "--engine", "."), "cannot read ."),
     "no recipe": (
         ("quantize", "net.py:build", "x.onnx", "--data", "net.py:loader", "--recipe", "gone.yaml"),
         "gone.yaml",

@@ -143,6 +143,18 @@ def test_several_and_nested_inputs(tmp_path: Path) -> None:
     assert all(row.sqnr > 15 for row in found.outputs)
 
 
+def test_inputs_by_the_files_names_reach_a_model_with_others(tmp_path: Path) -> None:
+    class Difference(nn.Module):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return left * 2 - right
+
+    model, given = Difference(), (image(2, 3), image(2, 3) * 5)
+    path = fxq.export(fxq.trace(model, given), tmp_path / "m.onnx", input_names=["b", "a"])
+    by_name = {"a": given[1], "b": given[0]}
+    for inputs in (by_name, given, {"right": given[1], "left": given[0]}):
+        assert fxq.compare_onnx(path, model, inputs).outputs[0].sqnr > 100
+
+
 def test_as_text_data_and_picture(files: dict[str, Path]) -> None:
     found = fxq.compare_onnx(files["int8"], files["float"], X)
     assert "tensors compared on 4 samples" in str(found)
