@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from typing import Final
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -13,6 +15,7 @@ from .editor import Editor
 from .graph import TENSOR, TensorInfo, attribute, tensor_info
 from .indexing import fit, refuse, set_item
 from .ops import inplace_target
+from .views import aliases
 
 __all__ = ["inplace_argument", "make_pure", "out_of_place", "written_argument"]
 
@@ -47,6 +50,9 @@ def out_of_place(editor: Editor, node: fx.Node, written: fx.Node) -> fx.Node:
     special = _special(editor, node, written)
     if special is not None:
         return special
+    if _gives_what_it_writes(node, written):
+        function: Any = node.target
+        return editor.call(_on_a_copy(function), node.args, node.kwargs, like=node, info=tensor_info(written))
     if not make_pure(editor, node):
         raise refuse(node, "changes its input in a way that cannot be rewritten")
     info, computed = tensor_info(written), _computed(node)
@@ -72,6 +78,29 @@ def _special(editor: Editor, node: fx.Node, written: fx.Node) -> fx.Node | None:
         full = torch.fill if isinstance(value, fx.Node) else torch.full_like
         return editor.call(full, (written, value), like=node, info=info)
     return None
+
+
+def _gives_what_it_writes(node: fx.Node, written: fx.Node) -> bool:
+    """Whether `node` calls a function that torch.fx.wrap kept whole and that gives back the tensor that it changes, or
+    nothing that is read.
+    """
+    if not node.meta.get("is_wrapped") or not node.args or node.args[0] is not written:
+        return False
+    return not node.users or aliases(node).storages == aliases(written).storages
+
+
+@cache
+def _on_a_copy(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """`function` on a copy of its first argument, and that copy afterwards."""
+
+    @wraps(function)
+    def call(written: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        copied = written.clone()
+        function(copied, *args, **kwargs)
+        return copied
+
+    call.__name__ = f"{function.__name__}_on_a_copy"
+    return call
 
 
 def inplace_argument(node: fx.Node) -> int | str | None:

@@ -37,6 +37,9 @@ class Functionalize(Pass):
     ``slice_scatter``), and a view that is read after the write is taken again from the new owner. In-place
     spellings that change no memory (``+=`` on a size, dropout in eval mode) become the plain spelling.
 
+    A function that ``torch.fx.wrap`` kept whole, and that changes its first argument, is called on a copy, which then
+    stands for the argument.
+
     Declines: nothing. A write that it cannot rewrite (through ``expand``, ``out=``, inside a leaf module, to
     the model's own parameters and buffers) is a TraceError with the user's line. Inputs of the model that
     were changed in place no longer are.

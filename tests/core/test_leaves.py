@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from toys import image, traced
 
 import fxq
+from fxq.backends.onnxrt import Session
 from fxq.errors import GuardError, TraceError
 from fxq.graph import State, origin, state
 
@@ -140,6 +142,31 @@ def test_a_whole_function_may_change_the_lists_that_it_is_given() -> None:
     fxq.calibrate(prepared, [image(2, 3, 10)], progress=False)
     same(fxq.trace(model, image(2, 3, 10), leaf_modules=["fitted"]), model, 2, 3, 10)
     assert fxq.convert(prepared)(image(2, 3, 10)).shape == (2, 3, 8)
+
+
+@fx.wrap
+def shortcut(x: Tensor, y: Tensor) -> None:
+    x[:, :, 1:] += y[:, :, 1:]
+
+
+def test_a_whole_function_that_writes_is_exported(tmp_path: Path) -> None:
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv1d(3, 3, 3, padding=1), nn.Conv1d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x)
+            shortcut(y, x)
+            return self.two(y)
+
+    model, x = Shortcut().eval(), image(2, 3, 10)
+    quantized = fxq.quantize(model, [x], progress=False, leaf_modules=["shortcut"])
+    with torch.inference_mode():
+        simulated = quantized(x)
+        assert float((simulated - model(x)).abs().max()) < 0.1
+    path = fxq.export(quantized, tmp_path / "m.onnx")
+    torch.testing.assert_close(Session(path).run(x)[0], simulated, rtol=1e-3, atol=1e-3)
 
 
 def test_a_name_that_nothing_has() -> None:

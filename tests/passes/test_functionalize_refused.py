@@ -72,6 +72,27 @@ def second_first(x: Tensor, y: Tensor) -> Tensor:
     return y.add_(x)
 
 
+@fx.wrap
+def adds_to_rows(x: Tensor, y: Tensor) -> Tensor:
+    if float(y.abs().max()) > 0:  # keeps it whole
+        x[1:] += y[1:]
+    return x
+
+
+def whole_functions(x: Tensor) -> Any:
+    y = x * 2
+    row = y[1]
+    z = adds_to_rows(y, x)
+    adds_to_rows(y[:, 1:], x[:, 1:])
+    return y, z, row, adds_to_rows(x + 1, y)
+
+
+def test_whole_functions_that_write_their_first_argument_work_on_a_copy() -> None:
+    gm = functional(Program(whole_functions), image(*X))
+    calls = [n for n in gm.graph.nodes if getattr(n.target, "__name__", "") == "adds_to_rows_on_a_copy"]
+    assert len(calls) == 3
+
+
 def test_a_function_that_is_traced_through_may_write_any_argument() -> None:
     functional(Program(written_second), image(*X))
 
