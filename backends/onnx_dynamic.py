@@ -158,7 +158,7 @@ def _narrow(guard: Guard, label: str, good: Sequence[int], places: Sequence[tupl
         dims = ", ".join(f"{name!r}: {{{axis}: ({good[0]}, {good[-1]})}}" for name, axis in places)
         hint = f"export the sizes for which it holds, dynamic_shapes={{{dims}}}, or {hint}"
     return ExportError(
-        f"{label} cannot be dynamic: the graph was traced for {guard.text}",
+        f"{label} cannot be dynamic: the graph was traced for {guard.shown}",
         module_path=guard.module_path or None,
         source=guard.where(),
         hint=hint,

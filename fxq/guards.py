@@ -23,6 +23,8 @@ __all__ = ["Guard", "GuardCheck", "Shapes"]
 Shapes = Mapping[str, Sequence[int]]
 """Shapes by input name."""
 
+_LONG: Final = 160
+"""Letters of a guard that a message shows whole."""
 _FUNCTIONS: Final = {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "round": round}
 """What torch's printer of symbolic expressions calls."""
 
@@ -60,6 +62,13 @@ class Guard:
         except (IndexError, ZeroDivisionError):  # another rank; a division that this shape does not allow
             return False
 
+    @property
+    def shown(self) -> str:
+        """What holds, for people: a long text (sizes of windows in windows) in its beginning and its end."""
+        if len(self.text) <= _LONG:
+            return self.text
+        return f"{self.text[: _LONG // 2]} … {self.text[-_LONG // 4 :]}"
+
     def where(self) -> str | None:
         """The user's line with its text."""
         return f"{self.source}: {self.code}" if self.source and self.code else self.source
@@ -92,7 +101,7 @@ class GuardCheck:
         for guard in self.guards:
             gone = set(guard.inputs) - set(self.names)
             if gone:
-                raise GuardError(f"the guard {guard.text} reads {', '.join(sorted(gone))}, which is no input any more")
+                raise GuardError(f"the guard {guard.shown} reads {', '.join(sorted(gone))}, which is no input any more")
         self.known: tuple[Any, ...] = ()
         self.test = self._compiled()
 
@@ -118,7 +127,7 @@ class GuardCheck:
             if not guard.holds(shapes):
                 found = ", ".join(f"{name} is {list(shapes[name])}" for name in guard.inputs)
                 raise GuardError(
-                    f"the graph was traced for {guard.text}, and {found}: the model would take another way",
+                    f"the graph was traced for {guard.shown}, and {found}: the model would take another way",
                     module_path=guard.module_path or None,
                     source=guard.where(),
                     hint="trace the model with inputs of this shape, or rewrite that line without a decision",

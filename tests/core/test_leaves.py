@@ -14,6 +14,7 @@ import fxq
 from fxq.backends.onnxrt import Session
 from fxq.errors import GuardError, TraceError
 from fxq.graph import State, origin, state
+from fxq.guards import Guard, GuardCheck
 
 
 @fx.wrap
@@ -167,6 +168,15 @@ def test_a_whole_function_that_writes_is_exported(tmp_path: Path) -> None:
         assert float((simulated - model(x)).abs().max()) < 0.1
     path = fxq.export(quantized, tmp_path / "m.onnx")
     torch.testing.assert_close(Session(path).run(x)[0], simulated, rtol=1e-3, atol=1e-3)
+
+
+def test_a_long_guard_is_shortened_for_people() -> None:
+    guard = Guard("x.shape[0] + " * 40 + "1 > 7", ("x",), "net.py:3", "if n > 7:")
+    assert not guard.holds({"x": (0, 0)})
+    assert len(guard.shown) < 140
+    assert guard.shown.endswith("1 > 7")
+    with pytest.raises(GuardError, match=r"traced for x\.shape\[0\] \+ .* … .* > 7, and x is \[0\]"):
+        GuardCheck(["x"], [guard])(torch.ones(0))
 
 
 def test_a_name_that_nothing_has() -> None:
