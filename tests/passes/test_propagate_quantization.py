@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import basic_net, image, seeded
 
 import fxq
-from fxq.errors import ExportError, TargetError
+from fxq.errors import ExportError, RecipeError, TargetError
 from fxq.graph import edge_annotations
 from fxq.ops import kind_name
 from fxq.passes import PropagateQuantization
@@ -173,6 +173,12 @@ def test_a_recipe_says_how_and_the_quantizer_moves_all_the_same() -> None:
 def test_a_quantizer_that_a_recipe_asks_for_just_there_stays() -> None:
     recipe = Recipe([Rule("a", EdgeSpecs(output=QSpec(method="max")))])
     assert quantized(lambda m, x: torch.relu(m.a(x)), recipe) == ["x", "a"]
+
+
+def test_fp8_is_refused_and_a_zero_point_is_not() -> None:
+    with pytest.raises(RecipeError, match="ORT11: input 0 of a is to be float8_e4m3fn"):
+        quantized(lambda m, x: m.a(x), Recipe([Rule("a", QSpec("float8_e4m3fn"))]))
+    assert quantized(lambda m, x: m.a(x), Recipe([Rule("a", QSpec("int8", symmetric=False))])) == ["x", "a"]
 
 
 # Targets are data.
