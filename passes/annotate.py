@@ -75,7 +75,7 @@ class Annotate(Pass):
         if placement is not None and placement.joins is not None:
             placement, later = None, True
         said = any(note.node == node.name and note.kind == "opaque" for note in state(editor.gm).notes)
-        if placement is None and products(node) and not said:
+        if placement is None and products(node) and not said and "matmul" in target.weighted:
             text = f"{kind_name(node)} stays float: write it as torch.matmul or F.linear to quantize it"
             editor.note(node, "R20", text, kind="opaque")
         if placement is not None and _computed_weight(node, placement):

@@ -44,14 +44,17 @@ class DecomposeAttention(Pass):
     numeric: ClassVar[Numeric] = "rounding"
 
     def call(self, editor: Editor) -> None:
+        wanted = "matmul" in state(editor.gm).target.weighted
         for node in list(editor.graph.nodes):
-            if kind_name(node) == "scaled_dot_product_attention" and "matmul" in state(editor.gm).target.weighted:
-                self._decompose(editor, node)
+            if kind_name(node) == "scaled_dot_product_attention":
+                info = tensor_info(node)
+                exportable = info is not None and len(info.shape) == _RANK
+                if wanted or not exportable:
+                    self._decompose(editor, node, exportable=exportable)
 
     @staticmethod
-    def _decompose(editor: Editor, node: fx.Node) -> None:
-        info = tensor_info(node)
-        why = _kept(editor, node, exportable=info is not None and len(info.shape) == _RANK)
+    def _decompose(editor: Editor, node: fx.Node, *, exportable: bool) -> None:
+        why = _kept(editor, node, exportable=exportable)
         if why is not None:
             editor.note(node, why[0], f"this attention stays one call in floating point: {why[1]}", kind="opaque")
             return

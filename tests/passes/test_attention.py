@@ -291,3 +291,16 @@ def test_products_with_a_sum() -> None:
     scaled = Lambda2(lambda _, x, y: torch.addmm(y[0], x[0], y[0], alpha=2) @ x[1])
     (note,) = notes(prepared(scaled, *inputs), "opaque")
     assert note.text == "addmm stays float: write it as torch.matmul or F.linear to quantize it"
+
+
+def test_a_target_without_products_gets_what_can_be_exported() -> None:
+    """PyTorch's ONNX exporter takes attention of four dimensions alone; the other is written out, and stays float."""
+    x = image(2, 8, 16)
+    model = Lambda(lambda _, x: F.scaled_dot_product_attention(x, x, x), unused=nn.Identity())
+    gm = fxq.trace(model, x, target="onnxruntime")
+    found = {kind_name(n) for n in fxq.PassManager().run(fxq.passes.PREPARE, gm).graph.nodes}
+    assert {"matmul", "softmax"} <= found
+    four = Lambda(lambda _, x: F.scaled_dot_product_attention(x, x, x), unused=nn.Identity())
+    gm = fxq.PassManager().run(fxq.passes.PREPARE, fxq.trace(four, x[None], target="onnxruntime"))
+    assert of_kind(gm, "scaled_dot_product_attention")
+    assert notes(gm) == []
