@@ -111,7 +111,7 @@ def test_data_movement_is_looked_through() -> None:
         left, right = m.a(x).chunk(2, 1)
         return torch.cat([left, m.d(right)], 1)
 
-    assert quantized(forward, d=nn.Conv2d(4, 4, 1)) == ["x", "a", "getitem", "getitem_1", "d", "cat"]
+    assert quantized(forward, d=nn.Conv2d(4, 48, 1)) == ["x", "a", "getitem", "getitem_1", "d", "cat"]
 
 
 def test_a_shortcut_that_is_sliced_and_padded() -> None:
