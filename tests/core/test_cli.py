@@ -15,6 +15,7 @@ import pytest
 import torch
 from inspector import float_skip
 from lint_net import IMAGE, Net, residual
+from networks import cifar, top1
 from PIL import Image
 from safetensors.torch import save_file
 from torch_engine import TRT, TorchEngine
@@ -207,6 +208,31 @@ def test_quantize_on_a_folder_of_images_in_half_precision(tmp_path: Path) -> Non
     }
     held = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(held["fxq.profiles"])["input"][2][0] == 16
+
+
+def test_a_trained_network_from_its_files_to_a_comparison(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, _, _, test, labels = cifar(real_data)
+    save_file(model.state_dict(), "resnet20.safetensors")
+    np.save("test.npy", test[:256].numpy())
+    with np.load(real_data / "cifar10_small.npz") as held:
+        pixels, classes = held["train_images"][:256], held["train_labels"][:256]
+    for index, (image, label) in enumerate(zip(pixels, classes, strict=True)):
+        (tmp_path / "photos" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "photos" / str(label) / f"{index}.png")
+    named = ("networks:ResNet20", "--weights", "resnet20.safetensors")
+    done = fxq("quantize", *named, "r20.onnx", "--data", "photos", "--size", "32", "--count", "64")
+    assert done.exit_code == 0, done.output
+    assert "20 of 20 quantized" in done.stdout
+    command = ("run", "r20.onnx", "--inputs", "test.npy", "--repeat", "0", "-o", "out.npz")
+    found = fxq(*command, "--compare", *named, "--min-sqnr", "24", "--worst", "3")
+    assert found.exit_code == 0, found.output
+    with torch.inference_mode():
+        reference = top1(model(test[:256]), labels[:256])
+    (logits,) = np.load("out.npz").values()
+    assert abs(top1(torch.from_numpy(logits), labels[:256]) - reference) <= 1.2  # three of 256
 
 
 @pytest.mark.usefixtures("folder")
