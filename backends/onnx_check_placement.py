@@ -158,7 +158,8 @@ def residual_edges(graph: OnnxGraph) -> Iterator[Finding]:
             message = f"both inputs are quantized; {edge} should stay float"
             yield add.finding("R23", "warning", message)
         elif not convs and not skip:
-            message = f"no input is quantized; the skip {add.inputs[residual.skip_edge]!r} should be"
+            source = f" from {residual.other_conv.name}" if residual.other_conv is not None else ""
+            message = f"no input is quantized; the skip {add.inputs[residual.skip_edge]!r}{source} should be"
             yield add.finding("R23", "warning", message)
         elif convs and not skip and residual.other_conv is None:
             message = f"the convolution's edge {edge} is quantized instead of the skip"

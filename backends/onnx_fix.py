@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from os import PathLike
@@ -81,6 +82,7 @@ def fix_onnx(
     *,
     in_place: bool = False,
     rounding: bool = False,
+    rules: Collection[str] | None = None,
 ) -> Fixed:
     """Mend what the linter finds in an ONNX file, as far as a machine can.
 
@@ -94,6 +96,7 @@ def fix_onnx(
             not at all, also where nothing was to be changed.
         in_place: Replace the file itself; it is not touched if nothing is to be changed.
         rounding: Also make the changes after which the outputs differ slightly, since a rounding goes or comes.
+        rules: Ids of the rules whose findings to mend; None (default) takes all.
 
     Returns:
         What was changed, and the findings that are left.
@@ -109,7 +112,7 @@ def fix_onnx(
     if not in_place and _same_file(source, target):
         raise FxqError(f"{target} is the file that is to be fixed", hint="ask for in_place (--in-place)")
     model, beside = _whole_model(source)
-    changes = fix_model(model, rounding=rounding)
+    changes = fix_model(model, rounding=rounding, rules=rules)
     left = lint_onnx(model if changes else source)
     if changes or (beside and not in_place):
         _write_checked(model, source, target)
@@ -118,11 +121,13 @@ def fix_onnx(
     return Fixed(target if changes or not in_place else None, changes, left)
 
 
-def fix_model(model: onnx.ModelProto, *, rounding: bool = False) -> tuple[Change, ...]:
+def fix_model(
+    model: onnx.ModelProto, *, rounding: bool = False, rules: Collection[str] | None = None
+) -> tuple[Change, ...]:
     """As :func:`fix_onnx` for a model in memory, which is changed in place; its own functions have to be inlined."""
     changes: list[Change] = []
     for _ in range(MOST_ROUNDS):
-        chosen = _next(model, rounding=rounding)
+        chosen = _next(model, rounding, rules)
         if not chosen:
             return tuple(changes)
         edit = OnnxEdit(model)
@@ -134,10 +139,10 @@ def fix_model(model: onnx.ModelProto, *, rounding: bool = False) -> tuple[Change
     raise FxqError(f"the fixes undo each other: {names}", hint="report this file; nothing was written")
 
 
-def _next(model: onnx.ModelProto, *, rounding: bool) -> list[tuple[Fix, Change]]:
+def _next(model: onnx.ModelProto, rounding: bool, rules: Collection[str] | None) -> list[tuple[Fix, Change]]:
     """The fixes of the first kind that has any for what the linter finds."""
     graph = OnnxGraph(model)
-    wanted = {(finding.rule, finding.node) for finding in lint_onnx(model)}
+    wanted = {(finding.rule, finding.node) for finding in lint_onnx(model, rules=rules)}
     for planners, exact in ((EXACT, True), (ROUNDING if rounding else (), False)):
         for planner in planners:
             found = [(fix, [key for key in product(fix.rules, fix.nodes) if key in wanted]) for fix in planner(graph)]

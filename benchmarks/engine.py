@@ -42,6 +42,7 @@ KERNEL = re.compile(
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], "
     r"TacticName: .*?Metadata: ?(?P<metadata>.*)"
 )
+NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 TENSOR = re.compile(r"\{ Name: (?P<name>\S+), Dimensions: \[(?P<dims>[\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 
 
@@ -228,7 +229,17 @@ def static_batch(path: Path, batch: int) -> bytes:
     return model.SerializeToString()
 
 
-def report(path: Path, batch: int, log_path: Path | None) -> dict[str, Any]:
+def described(kernel: Kernel) -> dict[str, Any]:
+    """A kernel for readers who look for one: its name, ONNX nodes, and the types of what it reads and writes."""
+    return {
+        "name": kernel.name,
+        "nodes": NODE.findall(kernel.metadata),
+        "inputs": [tensor.dtype for tensor in kernel.inputs],
+        "outputs": [tensor.dtype for tensor in kernel.outputs],
+    }
+
+
+def report(path: Path, batch: int, log_path: Path | None, listed: bool = False) -> dict[str, Any]:
     """Build `path` at a fixed batch, strongly typed; a refusal comes back as "ok": False with the reasons."""
     log = Log()
     builder = trt.Builder(log)
@@ -252,6 +263,8 @@ def report(path: Path, batch: int, log_path: Path | None) -> dict[str, Any]:
         result["errors"] = [m for severity, m in log.messages if severity <= trt.ILogger.ERROR][-5:]
         return result
     kernels = parse_kernels([message for _, message in log.messages])
+    if listed:
+        result["list"] = [described(kernel) for kernel in kernels]
     result.update(ok=True, engine_bytes=engine.nbytes, **(figures(kernels) if kernels else {}))
     return result
 
@@ -261,8 +274,9 @@ def main() -> None:
     parser.add_argument("onnx", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--log", type=Path, help="write the builder's whole log here")
+    parser.add_argument("--kernels", action="store_true", help="list the kernels too")
     args = parser.parse_args()
-    print(json.dumps(report(args.onnx, args.batch, args.log), indent=1))
+    print(json.dumps(report(args.onnx, args.batch, args.log, args.kernels), indent=1))
 
 
 if __name__ == "__main__":

@@ -154,7 +154,9 @@ class Judge:
         return build_engine(path, log, self.settings.tensorrt, self.settings.engine_batch)
 
 
-def build_engine(path: Path, log: Path, tensorrt: Path | None, batch: int, limit: float = 900) -> dict[str, Any]:
+def build_engine(
+    path: Path, log: Path, tensorrt: Path | None, batch: int, limit: float = 900, kernels: bool = False
+) -> dict[str, Any]:
     """What engine.py says of `path` at a fixed batch; its failure is a result too.
 
     Args:
@@ -163,8 +165,10 @@ def build_engine(path: Path, log: Path, tensorrt: Path | None, batch: int, limit
         tensorrt: As in :class:`Settings`.
         batch: The engine's batch.
         limit: Seconds that it may take.
+        kernels: Whether to list them.
     """
     command = [sys.executable, str(HERE / "engine.py"), str(path), "--log", str(log), "--batch", str(batch)]
+    command += ["--kernels"] if kernels else []
     environment = dict(os.environ)
     if tensorrt is not None:
         for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):

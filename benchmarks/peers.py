@@ -184,6 +184,13 @@ def onnxruntime_static(ctx: Context, method: str) -> None:
     _quantize_static(ctx, method, activation="QInt8", op_types_to_quantize=operators, extra_options=extra)
 
 
+@quantizer("ort_symmetric")
+def onnxruntime_symmetric(ctx: Context) -> None:
+    """ONNX Runtime's quantize_static in Q/DQ format, signed and symmetric for TensorRT, the rest as it comes."""
+    extra = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    _quantize_static(ctx, "MinMax", activation="QInt8", extra_options=extra)
+
+
 @quantizer("ort_cpu_qoperator", quant_format="QOperator")
 @quantizer("ort_cpu", quant_format="QDQ")
 def onnxruntime_cpu(ctx: Context, quant_format: str) -> None:
@@ -227,10 +234,11 @@ def _quantize_static(ctx: Context, method: str, *, activation: str, quant_format
         )
 
 
+@quantizer("inc_trt", environment="inc", quant_format="QDQ", device="gpu", backend="onnxrt_trt_ep")
 @quantizer("inc_cpu_qoperator", environment="inc", quant_format="QOperator")
 @quantizer("inc_cpu", environment="inc", quant_format="QDQ")
-def neural_compressor(ctx: Context, quant_format: str) -> None:
-    """Intel Neural Compressor 2.6, ONNX, with its defaults for the CPU; all in one stage.
+def neural_compressor(ctx: Context, quant_format: str, **options: str) -> None:
+    """Intel Neural Compressor 2.6, ONNX, with its defaults for the CPU or for TensorRT's provider; all in one stage.
 
     Without a function that measures accuracy it takes the first of its tuning steps, which quantizes all that it can.
     """
@@ -244,7 +252,7 @@ def neural_compressor(ctx: Context, quant_format: str) -> None:
             return ((batch, 0) for batch in ctx.numpy_batches())
 
     images = sum(len(batch) for batch in ctx.calibration)
-    config = PostTrainingQuantConfig(quant_format=quant_format, calibration_sampling_size=[images])
+    config = PostTrainingQuantConfig(quant_format=quant_format, calibration_sampling_size=[images], **options)
     with ctx.stage("all"):
         quantization.fit(str(ctx.float_onnx), config, calib_dataloader=Loader()).save(str(ctx.out))
 

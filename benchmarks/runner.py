@@ -22,7 +22,11 @@ from peers import QUANTIZERS
 from tasks import TASKS
 
 PEERS_PYTHON = "FXQ_PEERS_PYTHON"
-ENVIRONMENTS = {"peers": (PEERS_PYTHON, "setup_peers.sh"), "inc": ("FXQ_INC_PYTHON", "setup_inc.sh")}
+ENVIRONMENTS = {
+    "peers": (PEERS_PYTHON, "setup_peers.sh"),
+    "inc": ("FXQ_INC_PYTHON", "setup_inc.sh"),
+    "brevitas": ("FXQ_BREVITAS_PYTHON", "setup_brevitas.sh"),
+}
 """Environments of other tools: the variable that names their Python (and their option), and what makes them."""
 TENSORRT_FOLDER = "FXQ_TENSORRT"
 Result = dict[str, Any]

@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import foreign  # noqa: F401 - it registers its quantizers
 import numpy as np
 import torch
 from context import Context

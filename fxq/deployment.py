@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,14 @@ def lint(model: fx.GraphModule | str | Path) -> Findings:
     return lint_onnx(model)
 
 
-def fix(path: str | Path, output: str | Path | None = None, *, in_place: bool = False, rounding: bool = False) -> Fixed:
+def fix(
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    in_place: bool = False,
+    rounding: bool = False,
+    rules: Collection[str] | None = None,
+) -> Fixed:
     """Mend what :func:`lint` finds in an ONNX file, as far as a machine can.
 
     The result is checked by ONNX and linted before it is written.
@@ -157,6 +164,7 @@ def fix(path: str | Path, output: str | Path | None = None, *, in_place: bool = 
         in_place: Replace the file itself.
         rounding: Also make the changes by which a rounding goes or comes, such as reading the skip of a residual
             addition in INT8 (R23): outputs change slightly. Without it (default) the file computes the same as before.
+        rules: Ids of the rules whose findings to mend; None (default) takes all.
 
     Returns:
         What was changed and what the linter still finds; print it, or take ``to_dict()``.
@@ -167,7 +175,7 @@ def fix(path: str | Path, output: str | Path | None = None, *, in_place: bool = 
     """
     from .backends.onnx_fix import fix_onnx
 
-    return fix_onnx(path, output, in_place=in_place, rounding=rounding)
+    return fix_onnx(path, output, in_place=in_place, rounding=rounding, rules=rules)
 
 
 def predict(path: str | Path, *, library: str = "tensorrt") -> Prediction:
