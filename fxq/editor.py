@@ -44,6 +44,7 @@ class Editor:
         self.counts: Counter[str] = Counter()
         self.notes: list[Note] = []
         self._stored: dict[str, list[fx.Node]] | None = None
+        self._made: set[fx.Node] = set()
 
     @property
     def graph(self) -> fx.Graph:
@@ -97,14 +98,14 @@ class Editor:
         """
         node = self.graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
         self._inherit(node, like, info)
-        self.counts["created"] += 1
+        self._count_made(node)
         return node
 
     def call_module(self, path: str, args: tuple[Any, ...], *, like: fx.Node, name: str | None = None) -> fx.Node:
         """A new ``call_module`` node at the current insertion point; see :meth:`call`."""
         node = self.graph.create_node("call_module", path, args, {}, name=name)
         self._inherit(node, like, None)
-        self.counts["created"] += 1
+        self._count_made(node)
         return node
 
     def get_attr(self, path: str, *, like: fx.Node) -> fx.Node:
@@ -117,7 +118,7 @@ class Editor:
             node.meta.pop(TENSOR, None)
         if self._stored is not None:
             self._stored.setdefault(path, []).append(node)
-        self.counts["created"] += 1
+        self._count_made(node)
         return node
 
     def stored(self, path: str) -> Sequence[fx.Node]:
@@ -133,8 +134,12 @@ class Editor:
         """What `node` calls, called again with other arguments, at the current insertion point."""
         made = self.graph.create_node(node.op, node.target, args, dict(kwargs), name=node.name)
         made.meta.update({key: value for key, value in node.meta.items() if key != ALIASES})
-        self.counts["created"] += 1
+        self._count_made(made)
         return made
+
+    def _count_made(self, node: fx.Node) -> None:
+        self._made.add(node)
+        self.counts["created"] += 1
 
     def _inherit(self, node: fx.Node, like: fx.Node, info: TensorInfo | None) -> None:
         if ORIGIN in like.meta:
@@ -187,11 +192,26 @@ class Editor:
         return True
 
     def replace(self, old: fx.Node, new: fx.Node, only: Callable[[fx.Node], bool] | None = None) -> int:
-        """Let users of `old` read `new`; `only` picks which. Returns how many changed."""
-        changed = old.replace_all_uses_with(new, delete_user_cb=only or (lambda user: user is not new))
+        """Let users of `old` read `new`; `only` picks which.
+
+        Without `only` those are all but `new` itself and the nodes that were made for it, which may read `old`.
+
+        Returns:
+            How many changed.
+        """
+        changed = old.replace_all_uses_with(new, delete_user_cb=only or self._not_behind(new))
         if changed:
             self.counts["rewired"] += len(changed)
         return len(changed)
+
+    def _not_behind(self, new: fx.Node) -> Callable[[fx.Node], bool]:
+        """Whether a user is neither `new` nor a node that this editor made on the way to it."""
+        behind, work = {new}, [new]
+        for node in work:
+            more = [n for n in node.all_input_nodes if n in self._made and n not in behind]
+            behind.update(more)
+            work += more
+        return lambda user: user not in behind
 
     def set_arg(self, node: fx.Node, index: int, value: Any) -> None:
         """Set one positional argument of `node`."""

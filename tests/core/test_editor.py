@@ -152,6 +152,20 @@ def test_replace_and_erase(editor: Editor) -> None:
     legal(editor)
 
 
+def test_what_was_made_of_a_node_takes_its_place(editor: Editor) -> None:
+    """A chain of new nodes reads the old one; everybody else reads the chain's end."""
+    conv = named(editor, "conv")
+    readers = [n.name for n in conv.users]
+    with editor.after(conv):
+        half = editor.call(operator.mul, (conv, 0.5), like=conv, name="half")
+        gate = editor.call(torch.sigmoid, (conv,), like=conv, name="gate")
+        both = editor.call(operator.mul, (half, gate), like=conv, name="both")
+    assert editor.replace(conv, both) == len(readers)
+    assert [n.name for n in conv.users] == ["half", "gate"]
+    assert [n.name for n in both.users] == readers
+    legal(editor)
+
+
 def test_copies_of_a_call(editor: Editor) -> None:
     conv = named(editor, "conv")
     with editor.before(named(editor, "cat")):
