@@ -21,8 +21,9 @@ from ..errors import BuildError
 from .files import write_whole
 from .trt_api import Library, Platform, fxq_version, load_library, this_platform
 from .trt_callbacks import BuildLog, capturing, progress_monitor, tensorrt_logger
-from .trt_engine import Engine, inspect_engine
+from .trt_engine import Engine
 from .trt_kernels import kernels_from_log
+from .trt_loading import inspect_engine
 from .trt_options import BuildOptions, configure
 from .trt_parse import OnnxSource, parse_onnx, refusal
 from .trt_profiles import Profiles, Ranges, profile_shapes, recorded_profiles

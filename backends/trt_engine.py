@@ -19,9 +19,8 @@ from ..errors import EngineError
 from ..tables import readable
 from .latency import Latency, Timings, measure
 from .trt_api import Library, load_library, this_platform
-from .trt_callbacks import capturing, tensorrt_logger
-from .trt_kernels import LayerInfo, kernels_from_inspector
-from .trt_parse import OnnxSource
+from .trt_kernels import LayerInfo
+from .trt_loading import give_weights, load_engine, require_file
 from .trt_record import BuildRecord
 from .trt_session import Inputs, Session
 
@@ -69,7 +68,7 @@ class Engine:
             EngineError: There is no such file, or its record is unreadable or belongs to another engine.
         """
         file = Path(path)
-        _require_file(file)
+        require_file(file)
         record = BuildRecord.read(file)
         source = None if weights_from is None else Path(weights_from)
         if record is None:
@@ -236,32 +235,13 @@ class Engine:
         trt = self._library()
         engine = load_engine(trt, self.path, host_code=bool(self._option("version_compatible")))
         if self._option("weights") == "stripped":
-            self._take_weights(trt, engine)
+            assert self.record is not None
+            give_weights(trt, engine, self.path, self.record, self.weights_from)
         device = torch.device("cuda", torch.cuda.current_device())
         return Session(trt, engine, device, str(self.path))
 
     def _option(self, name: str) -> Any:
         return None if self.record is None else self.record.options.get(name)
-
-    def _take_weights(self, trt: ModuleType, engine: Any) -> None:
-        """Put the weights of the ONNX file into an engine that was built without."""
-        assert self.record is not None
-        if self.weights_from is None or not self.weights_from.is_file():
-            raise EngineError(
-                f"{self.path} was built without its weights",
-                hint="name the ONNX file that it was built from: Engine.load(path, weights_from=onnx_path)",
-            )
-        if OnnxSource.read(self.weights_from).digest() != self.record.onnx_sha256:
-            raise EngineError(
-                f"{self.weights_from} is not the file that {self.path} was built from: its weights may differ",
-                hint="build the engine again from this file",
-            )
-        with capturing() as log:
-            refitter = trt.Refitter(engine, tensorrt_logger(trt))
-            parser = trt.OnnxParserRefitter(refitter, tensorrt_logger(trt))
-            done = parser.refit_from_file(str(self.weights_from)) and refitter.refit_cuda_engine()
-        if not done:
-            raise EngineError(f"{self.path} does not take the weights back: {'; '.join(log.errors()) or 'no reason'}")
 
 
 def benchmark(
@@ -295,47 +275,3 @@ def benchmark(
     runs = {name: lambda s=session: s.run(fed, cuda_graph=cuda_graph) for name, session in sessions.items()}
     batch = sizes.pop() if len(sizes) == 1 else None
     return Timings(measure(runs, warmup=warmup, iterations=iterations, device=first.device, batch=batch))
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise EngineError(f"there is no engine file {path}", hint="build it first: fxq.build(onnx_path, engine_path)")
-
-
-def load_engine(trt: ModuleType, path: Path, *, host_code: bool = False) -> Any:
-    """Deserialize an engine file.
-
-    Args:
-        trt: TensorRT's module.
-        path: The file.
-        host_code: Let the engine bring code for the CPU, as version-compatible ones do.
-
-    Raises:
-        EngineError: The file is missing, or TensorRT cannot load it on this machine; the message has its
-            reasons.
-    """
-    _require_file(path)
-    with capturing() as log:
-        runtime = trt.Runtime(tensorrt_logger(trt))
-        if host_code:
-            runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise EngineError(
-            f"TensorRT {trt.__version__} cannot load {path}: {'; '.join(log.errors()) or 'no reason given'}",
-            hint="an engine runs on the kind of GPU and with the TensorRT version that it was built with",
-        )
-    return engine
-
-
-def inspect_engine(trt: ModuleType, path: Path) -> tuple[LayerInfo, ...] | None:
-    """The kernels of an engine file by TensorRT's inspector, or None where no GPU here can load it."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        engine = load_engine(trt, path)
-    except EngineError:
-        return None
-    return kernels_from_inspector(
-        engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    )

@@ -17,7 +17,7 @@ import torch
 import trt_cpu
 from qdq_onnx import QdqModel, residual_model
 
-from fxq.backends import trt_build, trt_engine, trt_session
+from fxq.backends import trt_build, trt_engine, trt_loading, trt_session
 from fxq.backends.trt_build import build
 from fxq.backends.trt_callbacks import capturing, progress_monitor, tensorrt_logger
 from fxq.backends.trt_engine import Engine
@@ -290,7 +290,7 @@ class TestRun:
             "parser": trt.OnnxParserRefitter,
         }
         used = set()
-        for room in (trt_engine, trt_session):
+        for room in (trt_engine, trt_loading, trt_session):
             for node in ast.walk(ast.parse(inspect.getsource(room))):
                 if isinstance(node, ast.Attribute):
                     base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")

@@ -20,6 +20,7 @@ from fxq.backends import trt_build
 from fxq.backends.trt_api import Platform, load_library, network_flags, require_flag, this_platform
 from fxq.backends.trt_build import build
 from fxq.backends.trt_engine import Engine
+from fxq.backends.trt_loading import give_weights
 from fxq.backends.trt_options import BuildOptions, _set_hardware, configure
 from fxq.backends.trt_parse import _Origin
 from fxq.backends.trt_record import BuildRecord, record_path
@@ -281,12 +282,13 @@ def test_a_mismatch_is_refused_before_anything_is_loaded(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("trt")
 def test_an_engine_without_weights_asks_for_its_own(tmp_path: Path, trt: ModuleType) -> None:
     engine = build(MODEL, tmp_path / "m.engine")
+    assert engine.record is not None
     with pytest.raises(EngineError, match="was built without its weights"):
-        engine._take_weights(trt, object())
+        give_weights(trt, object(), engine.path, engine.record, None)
     other = tmp_path / "other.onnx"
     onnx.save(residual_model(1, quantize_skip=False), other)
     with pytest.raises(EngineError, match="is not the file"):
-        Engine.load(engine.path, weights_from=other)._take_weights(trt, object())
+        give_weights(trt, object(), engine.path, engine.record, other)
 
 
 def refuse_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
