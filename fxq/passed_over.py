@@ -9,7 +9,7 @@ from torch import fx
 
 from .graph import Note, edge_annotations, tensor_info
 from .ops import kind_name, products
-from .placement import SKIP_RULES, behind_norm, hidden_products, read_tensor
+from .placement import FUSED_RULES, behind_norm, hidden_products, read_tensor
 from .qdq import QUANTIZE
 from .target import Target
 from .verify import is_dequantized, quantizer_of
@@ -80,7 +80,11 @@ def passed_over(node: fx.Node, tensor: fx.Node, target: Target, notes: list[Note
         The rule's id, the sentence, and for a residual addition what would have fused and what it lacked.
     """
     kind, noted = kind_name(node), next((n for n in notes if n.kind in ("declined", "opaque")), None)
-    if kind == "add" and noted is None and any(a.rule in SKIP_RULES for a in edge_annotations(node).values()):
+    rules = {a.rule for a in edge_annotations(node).values()} if kind == "add" and noted is None else set()
+    if "R29" in rules:
+        text = f"no other reader has {tensor.name} stored in INT8, and no convolution takes this addition along"
+        return "R29", text, _nearest_miss(node, target)
+    if rules & set(FUSED_RULES):
         return "R23", f"{tensor.name} takes the addition into its kernel, whose result is float until it is added", None
     if noted is not None:
         return noted.rule, noted.text, _nearest_miss(node, target) if kind == "add" and noted.rule == "R23" else None
@@ -110,7 +114,7 @@ def _simple_reason(kind: str, node: fx.Node, tensor: fx.Node, target: Target) ->
         return target.rest.rule, target.rest.reason
     if kind in _ACTIVATIONS and kind_name(maker) in target.weighted and len(maker.users) == 1:
         return "R44", f"{kind} is computed in the kernel of {maker.name}; a quantizer between them would part them"
-    if kind in _ACTIVATIONS and any(a.rule in SKIP_RULES for a in edge_annotations(maker).values()):
+    if kind in _ACTIVATIONS and any(a.rule in FUSED_RULES for a in edge_annotations(maker).values()):
         return "R44", f"{kind} is computed in the kernel of the addition before it; what reads its result quantizes it"
     if kind in _CHOOSING:
         rule = "R27" if kind in ("cat", "stack") else "R19"

@@ -17,6 +17,7 @@ from .recipe import QSpec
 from .verify import is_dequantized, quantizer_of
 
 __all__ = [
+    "FUSED_RULES",
     "SKIP_RULES",
     "EdgeRow",
     "OpRow",
@@ -28,7 +29,9 @@ __all__ = [
     "read_tensor",
 ]
 
-SKIP_RULES: Final = ("R23", "R24")
+FUSED_RULES: Final = ("R23", "R24")
+"""The rules by which the skip of an addition is quantized that a convolution takes along."""
+SKIP_RULES: Final = (*FUSED_RULES, "R29")
 """The rules by which the skip of a residual addition is quantized."""
 
 
@@ -75,7 +78,7 @@ class OpRow:
         precision: The data types of its edges (``int8``) if all that placement decided on are quantized, else
             ``float``. For an addition, that of its skip; for an activation that the kernel before it computes, that
             of its result.
-        residual: Whether it is a residual addition, by the rules R23 and R24.
+        residual: Whether it is a residual addition, by the rules R23, R24 and R29.
         identity: For a residual addition with a quantized skip: whether the skip is the block's own input, and no
             projection of it.
         edges: Its edges.

@@ -17,7 +17,18 @@ from packaging.version import InvalidVersion, Version
 from .errors import RecipeError, TargetError
 from .specs import QSpec, spec_from
 from .target_files import extended, read_target
-from .target_parts import Biases, Concat, Heuristic, OpPlacement, Refusal, Remainder, Residual, kinds_in, only
+from .target_parts import (
+    Biases,
+    Concat,
+    Heuristic,
+    Norms,
+    OpPlacement,
+    Refusal,
+    Remainder,
+    Residual,
+    kinds_in,
+    only,
+)
 
 __all__ = ["Target"]
 
@@ -34,6 +45,7 @@ class Target:
         residual: How residual additions are treated.
         concat: Which concatenations are quantized for the sake of what lies behind their readers.
         separates: Op kinds of packed projections that are written as one for each part (queries, keys, values).
+        norms: Normalizations that read INT8 from a convolution before them.
         ties: Op kinds whose inputs and output share one scale (R19, R27).
         absorbs: Op kinds that the quantized op before them computes on its way out, so that the output's quantizer
             belongs behind them (ORT3).
@@ -56,6 +68,7 @@ class Target:
     residual: Residual = field(default_factory=Residual)
     concat: Concat = field(default_factory=Concat)
     separates: frozenset[str] = frozenset()
+    norms: Norms = field(default_factory=Norms)
     ties: frozenset[str] = frozenset()
     absorbs: frozenset[str] = frozenset()
     adds: frozenset[str] = frozenset()
@@ -79,7 +92,8 @@ class Target:
         """Every op kind that its data names."""
         bias = [self.bias.kinds] if self.bias is not None else []
         named = [self.residual.weighted, self.concat.kinds, self.concat.through, self.ties, *bias]
-        named += [self.absorbs, self.adds, self.decomposes, self.separates]
+        named += [self.absorbs, self.adds, self.decomposes, self.separates, self.norms.kinds]
+        named += [self.norms.behind]
         return frozenset(self.ops).union(*named, *(h.kinds for h in self.heuristics))
 
     @cached_property
@@ -150,6 +164,7 @@ class Target:
                 residual=Residual.read(data.get("residual", {}), where),
                 concat=Concat.read(data.get("concat", {}), where),
                 separates=frozenset(kinds_in(data.get("separates", []), where)),
+                norms=Norms.read(data.get("norms", {}), where),
                 ties=frozenset(kinds_in(data.get("ties", []), where)),
                 absorbs=frozenset(kinds_in(data.get("absorbs", []), where)),
                 adds=frozenset(kinds_in(data.get("adds", []), where)),

@@ -19,6 +19,7 @@ __all__ = [
     "Biases",
     "Concat",
     "Heuristic",
+    "Norms",
     "OpPlacement",
     "Refusal",
     "Remainder",
@@ -208,6 +209,25 @@ class Concat:
 
     @classmethod
     def read(cls, data: Mapping[str, Any], where: str) -> Concat:
+        """From plain data; `where` is what is being read, for messages."""
+        only(data, {f.name for f in fields(cls)}, where)
+        return cls(**{key: frozenset(kinds_in(kinds, where)) for key, kinds in data.items()})
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Normalizations that are no part of the kernel before them.
+
+    Attributes:
+        kinds: Op kinds that normalize; empty for none.
+        behind: Op kinds whose result is quantized on its way into one (R38).
+    """
+
+    kinds: frozenset[str] = frozenset()
+    behind: frozenset[str] = frozenset()
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], where: str) -> Norms:
         """From plain data; `where` is what is being read, for messages."""
         only(data, {f.name for f in fields(cls)}, where)
         return cls(**{key: frozenset(kinds_in(kinds, where)) for key, kinds in data.items()})

@@ -22,6 +22,7 @@ from .pipelines import CONVERT, PREPARE, PREPARE_QAT
 from .propagate_quantization import PropagateQuantization
 from .quantize_biases import QuantizeBiases
 from .quantize_concat import QuantizeConcat
+from .quantize_norms import QuantizeNorms
 from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .separate_projections import SeparateProjections
@@ -52,6 +53,7 @@ __all__ = [
     "PropagateQuantization",
     "QuantizeBiases",
     "QuantizeConcat",
+    "QuantizeNorms",
     "ResidualAdd",
     "RestoreTraining",
     "SeparateProjections",

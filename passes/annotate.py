@@ -71,7 +71,7 @@ class Annotate(Pass):
         """Annotate one node; gives the indices of the rules that had a say."""
         placement = target.ops.get(kind_name(node))
         sums = target.residual.policy != "none" and kind_name(node) in SUMS
-        later = sums or kind_name(node) in target.concat.kinds
+        later = sums or kind_name(node) in target.concat.kinds | target.norms.kinds
         if placement is not None and placement.joins is not None:
             placement, later = None, True
         said = any(note.node == node.name and note.kind == "opaque" for note in state(editor.gm).notes)

@@ -25,6 +25,7 @@ from .keep_dropout import KeepDropout
 from .propagate_quantization import PropagateQuantization
 from .quantize_biases import QuantizeBiases
 from .quantize_concat import QuantizeConcat
+from .quantize_norms import QuantizeNorms
 from .residual_add import ResidualAdd
 from .restore_training import RestoreTraining
 from .separate_projections import SeparateProjections
@@ -51,6 +52,7 @@ PREPARE: Final = Pipeline(
         Advise(),
         ResidualAdd(),
         QuantizeConcat(),
+        QuantizeNorms(),
         PropagateQuantization(),
         TieScales(),
         InsertQuantizers(),

@@ -37,6 +37,10 @@ class ResidualAdd(Pass):
     the one on the longer way from their lowest common ancestor is the block's last one; where the ways are
     equally long, the one that runs last takes the addition along (R25).
 
+    Where no convolution takes the addition along but one input has a quantizer for another reader (the stream of a
+    ConvNeXt, which a depthwise convolution reads too), that input is read through it: the tensor is stored in INT8
+    alone, not in INT8 and in float (R29).
+
     Declines, with a note. Under R23, additions that are residual: neither input comes straight from a
     convolution that nothing else reads; the convolution stays float; its output has a quantizer of its own.
     Under R44: the inputs broadcast. Under R25, additions that are not: both inputs are one tensor; one is a
@@ -61,7 +65,10 @@ class ResidualAdd(Pass):
                 _note_recipe(editor, node, origins)
             else:
                 found = _skip(node, now.target, order, origins)
-                if isinstance(found, _Declined):
+                stored = [edge for edge in (0, 1) if node.args[edge] in quantized]
+                if isinstance(found, _Declined) and found.alone and len(stored) == 1:
+                    editor.annotate(node, stored[0], _stored(node, stored[0], now))
+                elif isinstance(found, _Declined):
                     editor.note(node, found.rule, f"this addition stays float: {found.why}")
                 else:
                     editor.annotate(node, found, _annotation(node, found, now, node.args[found] in quantized))
@@ -88,10 +95,27 @@ def _annotation(add: fx.Node, edge: int, now: State, shared: bool) -> Annotation
     return Annotation(spec, "R24" if shared else "R23", reason + how, priority)
 
 
+def _stored(add: fx.Node, edge: int, now: State) -> Annotation:
+    """What holds for an input that has a quantizer anyway, of an addition that is a kernel of its own."""
+    tensor = add.args[edge]
+    spec, priority, how = asked(add, "input", f"input {edge}", now)
+    reason = f"{tensor} is stored in INT8 for another reader; read so here too, it needs no float copy"
+    return Annotation(spec, "R29", reason + how, priority)
+
+
 @dataclass(frozen=True)
 class _Declined:
+    """Why an addition stays float.
+
+    Attributes:
+        rule: Rule id.
+        why: What follows "this addition stays float: ".
+        alone: Whether all that is wrong is that no convolution would take it along.
+    """
+
     rule: str
     why: str
+    alone: bool = False
 
 
 def _adds_tensors(node: fx.Node) -> bool:
@@ -188,7 +212,7 @@ def _not_fusible(first: fx.Node, second: fx.Node, target: Target, order: Mapping
             ways = longest_ways(conv, other, target, order)
             if ways is not None and ways[0] == (0, 0) and ways[1][0] == 0:
                 return _Declined("R25", f"{other} comes from {conv} without another weighted operation between them")
-    return _Declined("R23", "neither input comes straight from a convolution that nothing else reads")
+    return _Declined("R23", "neither input comes straight from a convolution that nothing else reads", alone=True)
 
 
 def sources(graph: fx.Graph) -> dict[fx.Node, int]:

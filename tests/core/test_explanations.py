@@ -89,10 +89,11 @@ def test_the_nearest_miss_of_an_addition() -> None:
     def transformer(m: Any, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(m.linear(x)) + x
 
-    linear = edge(explained(transformer, linear=nn.Linear(8, 8)), "add", "x")
+    linear = edge(explained(transformer, linear=nn.Linear(8, 8)), "add", "gelu")
     assert linear.nearest_miss == "linear comes before it, but is a linear, which takes no addition along"
-    between = edge(explained(blocked, conv=conv()), "add", "x")
-    assert (between.quantized, between.rule) == (False, "R23")
+    between, skip = (edge(explained(blocked, conv=conv()), "add", tensor) for tensor in ("gelu", "x"))
+    assert (between.quantized, between.rule) == (False, "R29")
+    assert (skip.quantized, skip.role, skip.rule) == (True, "skip", "R29")  # the convolution reads x in INT8
     assert between.nearest_miss == "conv would take it along, but gelu (gelu) stands between them"
     both = edge(explained(shared, conv=conv()), "add", "conv")
     assert both.nearest_miss == "conv would take it along, but mul also reads its result"

@@ -63,7 +63,7 @@ def test_the_prepare_pipeline() -> None:
     assert str(PREPARE) == (
         "prepare(functionalize, expand-modules, expand-attention, decompose-products, canonicalize, drop-identities, "
         "fuse-batch-norm, separate-projections, decompose-attention, decompose-activations, annotate, advise, "
-        "residual-add, quantize-concat, propagate-quantization, tie-scales, insert-quantizers)"
+        "residual-add, quantize-concat, quantize-norms, propagate-quantization, tie-scales, insert-quantizers)"
     )
     assert names(CONVERT)[-3:] == ["convert-quantizers", "write-clamped-sums", "quantize-biases"]
     PREPARE.check_order(frozenset({"traced"}))

@@ -189,12 +189,13 @@ ATTENTION: dict[str, dict[str, type[nn.Module]]] = {
 }
 
 
+RARE = ("advise", "propagate-quantization", "quantize-concat", "quantize-norms", "tie-scales")
+
+
 @pytest.mark.parametrize("p", PREPARE.passes, ids=lambda p: p.name)
 def test_the_built_in_passes(p: Pass) -> None:
-    """On random models too each of them keeps its word; what five of them look for is rare in these, or not for this
-    target.
-    """
-    rare = p.name in ("advise", "decompose-activations", "propagate-quantization", "quantize-concat", "tie-scales")
+    """On random models too each of them keeps its word; what some of them look for is rare in these."""
+    rare = p.name in RARE
     extra = ATTENTION.get(p.name)
     assert check_pass_on_random_graphs(p, count=12, layers=10, must_change=not rare, extra=extra).graphs == 12
 

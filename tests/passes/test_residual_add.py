@@ -242,12 +242,12 @@ def test_nested_additions() -> None:
 
 
 def test_chained_additions() -> None:
-    """conv1(x) + conv2(x) + x: the second addition takes a sum along, which no convolution ends in."""
+    """conv1(x) + conv2(x) + x: no convolution takes the second addition along, which reads x as it is stored."""
     gm = prepared(block(lambda m, x: m.conv1(x) + m.conv2(x) + x), image(*X))
     assert reads(gm, "add") == ["conv1_quantizer", "conv2"]
-    assert reads(gm, "add_1") == ["add", "x"]
-    (note,) = notes(gm)
-    assert (note.node, note.rule) == ("add_1", "R23")
+    assert reads(gm, "add_1") == ["add", "x_quantizer"]
+    assert decided(gm, "add_1") == {1: "int8 per-tensor mse R29"}
+    assert notes(gm) == []
     # The other way round both fuse: the inner sum is the skip of the outer addition.
     gm = prepared(block(lambda m, x: m.conv1(x) + (m.conv2(x) + x)), image(*X))
     assert reads(gm, "add") == ["conv2", "x_quantizer"]
