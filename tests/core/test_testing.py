@@ -189,7 +189,7 @@ ATTENTION: dict[str, dict[str, type[nn.Module]]] = {
 }
 
 
-RARE = ("advise", "propagate-quantization", "quantize-concat", "quantize-norms", "tie-scales")
+RARE = ("advise", "decompose-activations", "propagate-quantization", "quantize-concat", "quantize-norms", "tie-scales")
 
 
 @pytest.mark.parametrize("p", PREPARE.passes, ids=lambda p: p.name)
