@@ -39,7 +39,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0, help="start no network after so long (default: no end)")
     parser.add_argument("--table", type=Path, help="write the page here")
     parser.add_argument("--table-only", action="store_true", help="run nothing, write the page of what was run")
-    parser.add_argument("--results", type=Path, help="compare.py's results, for the page's second table")
     return parser
 
 
@@ -108,10 +107,9 @@ def main() -> None:
         print(f"{time.strftime('%H:%M:%S')} {model.name} {' '.join(said.split())[:300]}", flush=True)
     rows = [row for m in models if (row := load(folder / f"{m.name}.json")) is not None]
     if args.table is not None:
-        compared = dict(json.loads(args.results.read_text())) if args.results is not None else {}
         done = [row for row in rows if row.get("done")]
         missing = [m.name for m in models if m.name not in {row["model"] for row in done}]
-        args.table.write_text(page(done, missing, compared))
+        args.table.write_text(page(done, missing))
     failed = [row["model"] for row in rows if not passed(row)]
     print(f"{len(rows) - len(failed)} of {len(models)} went the whole way" + (f"; failed: {failed}" if failed else ""))
 

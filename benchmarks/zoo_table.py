@@ -1,9 +1,9 @@
-"""The zoo's page: its rows as markdown, and the table that compares quantizers on seven networks."""
+"""The zoo's page: its rows as markdown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -138,7 +138,7 @@ def code(rows: list[Row]) -> list[str]:
     ]
 
 
-def page(rows: list[Row], missing: Sequence[str], compared: Mapping[str, Mapping[str, Row]]) -> str:
+def page(rows: list[Row], missing: Sequence[str]) -> str:
     """The whole page; `missing` are the networks that were not run."""
     through = [row for row in rows if row.get("done") and all(said == "ok" for said in row["steps"].values())]
     lines = [INTRODUCTION, f"{len(through)} of {len(rows)} networks go the whole way, from tracing to an engine.\n"]
@@ -150,8 +150,4 @@ def page(rows: list[Row], missing: Sequence[str], compared: Mapping[str, Mapping
     for title, found in (("What fails", failures(rows)), ("What placement leaves float", left_float(rows))):
         if found:
             lines += [f"## {title}\n", *found, ""]
-    if compared:
-        from zoo_compare import section
-
-        lines.append(section(compared))
     return "\n".join(lines).rstrip() + "\n"

@@ -40,3 +40,27 @@ def test_no_method_is_worse_than_modelopts_by_more_than_the_committed_noise() ->
             ]
             assert len(gains) >= 9
             assert sum(gains) / len(gains) > -0.02, (task, method)
+
+
+def compared(results: Path, page: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks" / "comparison.py", "--check", "--results", results, "--page", page]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_the_page_shows_the_committed_engines(tmp_path: Path) -> None:
+    committed, page = ROOT / "benchmarks" / "comparison.json", ROOT / "docs" / "comparison.md"
+    done = compared(committed, page)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(committed.read_text())
+    results["engines"]["resnet18"]["fxq"]["activation_bytes_total"] += 1_000_000
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    done = compared(tmp_path / "other.json", page)
+    assert "does not show" in done.stderr
+    assert done.returncode == 1
+
+
+def test_no_float32_is_left_in_the_16_bit_engines() -> None:
+    """What the page says of them."""
+    results = json.loads((ROOT / "benchmarks" / "comparison.json").read_text())["types"]
+    assert set(results) == {"resnet18", "resnet50", "mobilenet_v3_large"}
+    assert not [r for rows in results.values() for r in (rows["fp16"], rows["bf16"]) if r["causes"]["float32_left"]]

@@ -1,0 +1,76 @@
+"""What verifying the graph after every pass adds to fxq.prepare and fxq.convert.
+
+    python benchmarks/verification.py --repeat 3
+
+ResNet-50, and a chain of residual blocks with about 10,000 nodes. The same pipelines run with and without verification,
+in turn; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import networks
+import torch
+from torch import Tensor, fx, nn
+
+import fxq
+from fxq.manager import PassManager
+from fxq.passes import CONVERT, PREPARE
+
+BLOCKS = 1650  # of 6 nodes each: two stored tensors, convolution, ReLU, addition, and the block's share of the rest
+
+
+class Chain(nn.Module):
+    """Convolution, ReLU and skip, over and over."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 1) for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = x + conv(x.relu())
+        return x
+
+
+def seconds(traced: fx.GraphModule, image: Tensor, *, verify: bool) -> tuple[float, float, int]:
+    """Seconds in passes and in verification, and the nodes of the converted graph."""
+    manager = PassManager(verify_each=verify)
+    prepared = manager.run(PREPARE, traced)
+    log = list(manager.log)
+    fxq.calibrate(prepared, [image], progress=False, bias_correction=False)
+    converted = manager.run(CONVERT, prepared)
+    log += manager.log
+    return sum(run.seconds for run in log), sum(run.verify_seconds for run in log), len(converted.graph.nodes)
+
+
+def row(name: str, model: nn.Module, image: Tensor, repeat: int) -> str:
+    """One line of the table."""
+    traced = fxq.trace(model.eval(), image)
+    with_it, without = [], []
+    for _ in range(repeat):
+        with_it.append(seconds(traced, image, verify=True))
+        without.append(seconds(traced, image, verify=False))
+    passes, verification = (statistics.median(run[i] for run in with_it) for i in (0, 1))
+    alone = statistics.median(run[0] for run in without)
+    cells = [name, f"{len(traced.graph.nodes)} to {with_it[0][2]}", f"{alone:.2f}", f"{passes:.2f}"]
+    return "| " + " | ".join([*cells, f"{verification:.2f}", f"{(passes + verification) / alone - 1:+.0%}"]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print("| graph | nodes | passes alone, s | passes, s | verification, s | together |\n|---|---|---|---|---|---|")
+    resnet = networks.torchvision_models().resnet50(weights=None)
+    print(row("ResNet-50", resnet, torch.randn(2, 3, 64, 64), args.repeat), flush=True)
+    print(row("chain of blocks", Chain(BLOCKS), torch.randn(2, 4, 8, 8), args.repeat))
+
+
+if __name__ == "__main__":
+    main()
