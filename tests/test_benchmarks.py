@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,24 @@ def test_no_float32_is_left_in_the_16_bit_engines() -> None:
     results = json.loads((ROOT / "benchmarks" / "comparison.json").read_text())["types"]
     assert set(results) == {"resnet18", "resnet50", "mobilenet_v3_large"}
     assert not [r for rows in results.values() for r in (rows["fp16"], rows["bf16"]) if r["causes"]["float32_left"]]
+
+
+def test_every_checked_finding_stands_in_the_page_as_true() -> None:
+    code = "import json, lint_peers; print(json.dumps([(c.peer, c.rule, c.node) for c in lint_peers.CHECKS]))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT / "benchmarks",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)
+    rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "lint.md").read_text().splitlines()]
+    shown = [(row[0], *row[1].split(" ", 1), row[-1]) for row in rows if len(row) == 7 and row[1].startswith("R")]
+    assert len(shown) == len(checks) >= 15
+    for (peer, rule, node), (row_peer, row_rule, row_node, verdict) in zip(checks, shown, strict=True):
+        assert (row_peer, row_rule, verdict) == (peer, rule, "yes")
+        assert row_node.startswith(node)
