@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from toys import image, seeded
 
 import fxq
+from fxq.backends.onnxrt import Session
+from fxq.random_models import SHAPE as RANDOM
+from fxq.random_models import random_model
 
 SHAPE = (16, 16, 16)
 """As many channels as the kernels want, so that no heuristic leaves the first layer float."""
@@ -139,15 +142,20 @@ def network(case: Case) -> nn.Module:
     return model.eval()
 
 
+def exported(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> tuple[nn.Module, Path]:
+    """The converted graph and its file."""
+    gm = fxq.prepare(model, x, target="onnxruntime")
+    fxq.calibrate(gm, batches, progress=False)
+    quantized = fxq.convert(gm)
+    return quantized, fxq.export(quantized, folder / "model.onnx")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_and_numbers(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     model, x = network(case), image(8, *SHAPE, seed=7)
     batches = [image(8, *SHAPE, seed=seed) for seed in range(4)]
-    gm = fxq.prepare(model, x, target="onnxruntime")
-    fxq.calibrate(gm, batches, progress=False)
-    quantized = fxq.convert(gm)
-    path = fxq.export(quantized, tmp_path / "model.onnx")
+    quantized, path = exported(model, x, batches, tmp_path)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # it warns that a file written for this machine may not fit another one
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -162,3 +170,14 @@ def test_kernels_and_numbers(name: str, tmp_path: Path) -> None:
     assert sqnr_db(real, given) > 25
     assert abs(sqnr_db(real, given) - sqnr_db(real, rounded)) < 0.5
     assert sqnr_db(rounded, given) > 35
+
+
+@pytest.mark.parametrize("seed", [1, 6, 12])
+def test_random_models_give_the_same_in_both(seed: int, tmp_path: Path) -> None:
+    """Layers of all usual kinds in any order, so that what joins meets what stays float."""
+    model, x = random_model(seed, 10), image(*RANDOM, seed=9)
+    quantized, path = exported(model, x, [image(*RANDOM, seed=s) for s in range(3)], tmp_path)
+    with torch.no_grad():
+        rounded = quantized(x)
+    assert sqnr_db(rounded, Session(path).run(x)[0]) > 60
+    assert sqnr_db(model(x).detach(), rounded) > 25
