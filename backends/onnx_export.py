@@ -180,7 +180,10 @@ def _type(model: onnx.ModelProto, kind: ComputeDtype, typing: Typed, inputs: Map
 
 def _write_provenance(model: onnx.ModelProto, gm: fx.GraphModule, **more: Any) -> None:
     """What the graph's state knows about where its numbers came from, one entry each, as text or JSON."""
-    known = {**(state(gm).provenance if has_state(gm) else {}), **more}
+    held = state(gm) if has_state(gm) else None
+    known = {**(held.provenance if held is not None else {}), **more}
+    if held is not None:
+        known |= {"target": held.target.name, "rules": held.target.rules}
     for key, value in known.items():
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         model.metadata_props.add(key=f"fxq.{key}", value=text)

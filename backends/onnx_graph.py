@@ -61,6 +61,7 @@ class OnnxGraph:
             defines are inlined.
 
     Attributes:
+        metadata: What the file says of itself, by key.
         opset: Version of ONNX's own operator set.
         inputs: Names of the graph's inputs.
         outputs: Names of the graph's outputs.
@@ -75,6 +76,7 @@ class OnnxGraph:
     def __init__(self, model: str | PathLike[str] | bytes | onnx.ModelProto) -> None:
         self._model, self._folder = read_model(model)
         graph = self._model.graph
+        self.metadata = {entry.key: entry.value for entry in self._model.metadata_props}
         self._initializers = {t.name: t for t in graph.initializer}
         self.opset = next((o.version for o in self._model.opset_import if o.domain in STANDARD), 1)
         self.inputs = frozenset(i.name for i in graph.input) - self._initializers.keys()

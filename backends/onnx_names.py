@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODULE_PATH",
     "NODE",
+    "RULE_FAMILY",
     "SOURCE",
     "carried_name",
     "carry_name",
@@ -46,6 +47,8 @@ __all__ = [
 NODE: Final = "fxq.node"
 MODULE_PATH: Final = "fxq.module_path"
 SOURCE: Final = "fxq.source"
+RULE_FAMILY: Final = "fxq.rules"
+"""The key of the model's metadata that says whose rules the file was made by, as families of rules are called."""
 
 _CUSTOM: Final = "custom"
 _KEY: Final = "fxq"

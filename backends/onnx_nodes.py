@@ -108,12 +108,15 @@ class Quant:
         return self.node.outputs[0]
 
     def same(self, other: Quant) -> bool:
-        """Whether both have one type, one axis and equal scales."""
+        """Whether both have one type, one axis, and equal scales and zero points."""
         if (self.dtype, self.axis, self.block) != (other.dtype, other.axis, other.block):
             return False
         if self.scale is None or other.scale is None:
             return self.node.input(1) == other.node.input(1)
-        return bool(np.array_equal(self.scale.ravel(), other.scale.ravel(), equal_nan=True))
+        if not np.array_equal(self.scale.ravel(), other.scale.ravel(), equal_nan=True):
+            return False
+        mine, theirs = (np.zeros(1) if q.zero_point is None else q.zero_point.ravel() for q in (self, other))
+        return bool(np.all(mine == theirs)) if 1 in (mine.size, theirs.size) else np.array_equal(mine, theirs)
 
     @property
     def scale_text(self) -> str:

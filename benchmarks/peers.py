@@ -62,23 +62,24 @@ def float_reference(ctx: Context) -> nn.Module:
     return model
 
 
+@quantizer("fxq_cpu", environment="own", target="onnxruntime")
 @quantizer("fxq_mse", environment="own", method="mse")
 @quantizer("fxq_entropy", environment="own", method="entropy")
 @quantizer("fxq_percentile", environment="own", method="percentile")
 @quantizer("fxq_max", environment="own", method="max")
 @quantizer("fxq", environment="own")
-def fxq(ctx: Context, method: str | None = None) -> nn.Module:
-    """This project with its defaults, or with another calibration method for all activations."""
+def fxq(ctx: Context, method: str | None = None, target: str = "tensorrt") -> nn.Module:
+    """This project with its defaults, for another target, or with another calibration method for all activations."""
     with ctx.stage("import"):
         import fxq
         from fxq.recipe import Method
         from fxq.target import Target
-    model, target = ctx.model(), Target.load("tensorrt")
+    model, backend = ctx.model(), Target.load(target)
     if method is not None:
-        activation = dataclasses.replace(target.activation, method=Method(method))
-        target = dataclasses.replace(target, activation=activation)
+        activation = dataclasses.replace(backend.activation, method=Method(method))
+        backend = dataclasses.replace(backend, activation=activation)
     with ctx.stage("prepare"):
-        prepared = fxq.prepare(model, ctx.example, target=target)
+        prepared = fxq.prepare(model, ctx.example, target=backend)
     with ctx.stage("calibrate"):
         fxq.calibrate(prepared, ctx.calibration, progress=False)
     with ctx.stage("convert"):

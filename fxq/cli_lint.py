@@ -40,8 +40,11 @@ def lint(
         bool, typer.Option("--fix-rounding", help="As --fix, and also mended where a rounding goes or comes.")
     ] = False,
     in_place: Annotated[bool, typer.Option("--in-place", help="With --fix: replace the file itself.")] = False,
+    target: Annotated[
+        str | None, typer.Option(help="Whose rules; by default those of the file's own target, or TensorRT's.")
+    ] = None,
 ) -> None:
-    """Check an ONNX file against TensorRT's rules; exits with 1 on errors, with --fix on those that are left.
+    """Check an ONNX file against its backend's rules; exits with 1 on errors, with --fix on those that are left.
 
     Example: fxq lint net.onnx --format sarif -o net.sarif
 
@@ -49,12 +52,14 @@ def lint(
     """
     import fxq
 
+    if target is not None and (fix or fix_rounding):
+        raise FxqError("--fix goes by TensorRT's rules alone", hint="leave --target out")
     if fix or fix_rounding:
         found = _mend(path, output, form, in_place=in_place, rounding=fix_rounding)
     elif in_place:
         raise FxqError("--in-place says where a fixed file goes, and nothing is to be fixed", hint="add --fix")
     else:
-        found = fxq.lint(path)
+        found = fxq.lint(path, target=target)
         give(_in_form(found, path, form), output)
     if found.errors or (strict and found.warnings):
         raise typer.Exit(FOUND)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from .errors import FxqError
 from .export_checks import check_exportable, islands_of, warn_of_types
 from .graph import state
 from .recipe import Match
+from .target import Target
 from .tracer import DynamicShapes
 
 if TYPE_CHECKING:
@@ -122,27 +124,33 @@ def load_engine(path: str | Path, *, weights_from: str | Path | None = None) -> 
     return Engine.load(path, weights_from=weights_from)
 
 
-def lint(model: fx.GraphModule | str | Path) -> Findings:
-    """Check a quantized network against TensorRT's rules.
+def lint(model: fx.GraphModule | str | Path, *, target: str | Path | Target | None = None) -> Findings:
+    """Check a quantized network against its backend's rules.
 
     Args:
         model: An ONNX file from any tool; or a prepared, trained or converted graph, of which those rules are checked
             that it can show (:func:`fxq.fx_lint.lint_graph`).
+        target: The target whose rules to check a file by. None (default) is the one that the file was exported for, by
+            its metadata, and TensorRT for a file of another tool. A graph has its own.
 
     Returns:
         Findings with rule, node, reason and fix; empty if the rules are kept.
 
     Raises:
         PassError: The GraphModule does not come from fxq.
-        FxqError: There is no such file, it holds no ONNX model, or the graph has no quantizers yet.
+        FxqError: There is no such file, it holds no ONNX model, the graph has no quantizers yet, or there are no checks
+            of graphs for its target's rules.
+        TargetError: There is no such target.
     """
     if isinstance(model, fx.GraphModule):
+        if target is not None:
+            raise FxqError("a graph has its own target", hint="give target with a file, or prepare for another target")
         from .fx_lint import lint_graph
 
         return lint_graph(model)
     from .backends.onnx_lint import lint_onnx
 
-    return lint_onnx(model)
+    return lint_onnx(model, family=None if target is None else Target.load(target).rules)
 
 
 def fix(

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from torch import fx
 
-from .checks import check, run_checks
+from .checks import check, checks, run_checks
+from .errors import FxqError
 from .findings import Finding, Findings, Severity
 from .graph import constant, origin, tensor_info
 from .ops import kind_name
@@ -49,11 +50,18 @@ def lint_graph(gm: fx.GraphModule) -> Findings:
 
     Raises:
         PassError: The GraphModule does not come from fxq.
-        FxqError: Nothing is placed in it yet.
+        FxqError: Nothing is placed in it yet, or there are no checks of graphs for its target's rules.
     """
     graph = QuantizedGraph(gm)
     order = {node.name: index for index, node in enumerate(graph.nodes)}
-    found = run_checks("fx", graph)
+    family = graph.target.rules
+    known = [rule for one in checks("fx") for rule in one.rules if RULES[rule].family == family]
+    if not known:
+        raise FxqError(
+            f"there are no checks of graphs by the rules {family} of target {graph.target.name}",
+            hint="convert and export it, and lint the file",
+        )
+    found = run_checks("fx", graph, rules=known)
     return Findings(tuple(sorted(found, key=lambda f: (order.get(f.node or "", -1), list(RULES).index(f.rule)))))
 
 

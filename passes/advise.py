@@ -41,6 +41,14 @@ def _times(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 
+def _narrow_convolution(node: fx.Node, inputs: int, outputs: int) -> str | None:
+    weight = constant(node.args[1])
+    if weight is None or node.kwargs["groups"] != 1:
+        return None
+    out, into = int(weight.shape[0]), int(weight.shape[1])
+    return f"{into} input and {out} output channels" if into < inputs and out <= outputs else None
+
+
 def _grouped_channels(node: fx.Node, multiple: int, kernel: int) -> str | None:
     weight = constant(node.args[1])
     if weight is None or node.kwargs["groups"] == 1:
@@ -132,6 +140,7 @@ def _always(_: fx.Node) -> str | None:
 
 CHECKS: Final[Mapping[str, Callable[..., str | None]]] = {
     "small-channels": _small_channels,
+    "narrow-convolution": _narrow_convolution,
     "grouped-channels": _grouped_channels,
     "fp8-convolution": _fp8_convolution,
     "thin-matrix": _thin_matrix,

@@ -65,6 +65,20 @@ def test_small_channels_in_the_first_layer() -> None:
     assert advice(seeded(lambda: nn.Sequential(conv(3, 7))), image(1, 3, 8, 8)) != []
 
 
+def test_narrow_convolutions_stay_float_for_onnx_runtime() -> None:
+    """And what only passes integers on stays float with them (ORT5)."""
+    layers = [conv(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), conv(6, 16, 5), nn.ReLU(), conv(16, 16)]
+    gm = fxq.prepare(seeded(lambda: nn.Sequential(*layers)), image(1, 1, 16, 16), target="onnxruntime")
+    rows = {row.node: row.precision for row in fxq.report(gm).rows}
+    assert rows == {"_0": "float", "_3": "float", "_5": "uint8/int8"}
+    wide = fxq.prepare(seeded(lambda: nn.Sequential(conv(3, 33))), image(1, 3, 16, 16), target="onnxruntime")
+    assert [row.precision for row in fxq.report(wide).rows] == ["uint8/int8"]
+    asked = Recipe([Rule("0", QSpec(method="max"))])
+    gm = fxq.prepare(seeded(lambda: nn.Sequential(*layers)), image(1, 1, 16, 16), target="onnxruntime", recipe=asked)
+    assert fxq.report(gm).rows[0].precision == "uint8/int8"
+    assert [(n.node, n.rule) for n in notes(gm, "advice")] == [("_0", "ORT7")]
+
+
 def test_grouped_channels() -> None:
     model = after_relu(conv(32, 32, 3, 32), conv(32, 36, 3, 4), conv(36, 32, 1, 4))
     assert advice(model, image(1, 32, 8, 8)) == [
@@ -162,8 +176,9 @@ def test_unknown_checks_and_parameters() -> None:
             prepared(lenet(), image(1, 1, 28, 28), target=target)
 
 
-def test_every_check_is_used_by_the_target() -> None:
-    assert {h.check for h in TENSORRT.heuristics} == set(CHECKS)
+def test_every_check_is_used_by_a_target() -> None:
+    targets = (TENSORRT, Target.load("onnxruntime"))
+    assert {h.check for target in targets for h in target.heuristics} == set(CHECKS)
 
 
 def test_a_model_without_quantized_operations() -> None:
