@@ -127,6 +127,15 @@ def _in_step(first: Quant | None, second: Quant | None, bias: Quant) -> bool:
     return got.shape == wanted.shape and bool(np.allclose(got, wanted, rtol=CLOSE, atol=0))
 
 
+def _branches(graph: OnnxGraph, node: Node) -> bool:
+    """Whether a result is read in several places before the next operation with a weight."""
+    while len(readers := graph.readers(node.outputs[0])) == 1 and readers[0].node is not None:
+        node = readers[0].node
+        if node.op in WEIGHTED:
+            return False
+    return len(readers) > 1
+
+
 @check("onnx", "ORT7")
 def few_channels(graph: OnnxGraph) -> Iterator[Finding]:
     """Quantized convolutions of so few channels that float is faster."""
@@ -136,5 +145,5 @@ def few_channels(graph: OnnxGraph) -> Iterator[Finding]:
         shape = graph.shape(node.inputs[1])
         if shape is None or shape[0] is None or shape[1] is None:
             continue
-        if shape[1] < FEW_INPUTS and shape[0] <= FEW_OUTPUTS:
+        if shape[1] < FEW_INPUTS and shape[0] <= FEW_OUTPUTS and not _branches(graph, node):
             yield node.finding("ORT7", "advice", f"{shape[1]} input and {shape[0]} output channels")

@@ -46,7 +46,18 @@ def _narrow_convolution(node: fx.Node, inputs: int, outputs: int) -> str | None:
     if weight is None or node.kwargs["groups"] != 1:
         return None
     out, into = int(weight.shape[0]), int(weight.shape[1])
-    return f"{into} input and {out} output channels" if into < inputs and out <= outputs else None
+    if into >= inputs or out > outputs or _branches(node):
+        return None
+    return f"{into} input and {out} output channels"
+
+
+def _branches(node: fx.Node) -> bool:
+    """Whether a result is read in several places before the next operation with a weight."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if any(isinstance(a, fx.Node) and constant(a) is not None for a in node.args):
+            return False
+    return len(node.users) > 1
 
 
 def _grouped_channels(node: fx.Node, multiple: int, kernel: int) -> str | None:

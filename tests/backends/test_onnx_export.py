@@ -235,6 +235,8 @@ def test_provenance_goes_into_the_file(tmp_path: Path) -> None:
         "fxq.torch": "2.x",
         "fxq.calibration": '{"batches": 0, "performance_only": true}',
         "fxq.compute_dtype": "fp32",
+        "fxq.target": "tensorrt",
+        "fxq.rules": "R",
     }
     assert model.producer_name == "fxq"
 

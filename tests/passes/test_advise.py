@@ -73,6 +73,9 @@ def test_narrow_convolutions_stay_float_for_onnx_runtime() -> None:
     assert rows == {"_0": "float", "_3": "float", "_5": "uint8/int8"}
     wide = fxq.prepare(seeded(lambda: nn.Sequential(conv(3, 33))), image(1, 3, 16, 16), target="onnxruntime")
     assert [row.precision for row in fxq.report(wide).rows] == ["uint8/int8"]
+    branch = seeded(lambda: nn.Sequential(conv(3, 16), nn.ReLU(), Lambda(lambda _, x: x + 2 * x)))
+    gm = fxq.prepare(branch, image(1, 3, 16, 16), target="onnxruntime")  # in float, each reader would transpose it
+    assert fxq.report(gm).rows[0].precision == "uint8/int8"
     asked = Recipe([Rule("0", QSpec(method="max"))])
     gm = fxq.prepare(seeded(lambda: nn.Sequential(*layers)), image(1, 1, 16, 16), target="onnxruntime", recipe=asked)
     assert fxq.report(gm).rows[0].precision == "uint8/int8"
