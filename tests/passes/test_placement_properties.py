@@ -58,6 +58,9 @@ def test_every_prepared_graph(seed: int) -> None:
             other = node.args[1 - skip]
             assert isinstance(other, fx.Node)
             assert not is_quantizer(other)
+            if edge_annotations(node)[skip].rule == "R29":  # a kernel of its own, which reads what is stored anyway
+                assert len(node.args[skip].users) > 1  # type: ignore[union-attr]
+                continue
             convolution = fused_convolution(gm, other)
             assert convolution is not None
             assert all(a.spec is not None for e, a in edge_annotations(convolution).items() if e != "output")
