@@ -55,7 +55,7 @@ def fxq_methods(subset: Subset) -> Solved:
     Where there are residual additions, again with their inputs left float, as modelopt leaves them. Where tensors are
     large enough, again with histograms that count less.
     """
-    from fxq import histogram
+    from fxq.observing import histogram
     from fxq.recipe import EdgeSpecs, Recipe, Rule
 
     methods = ("max", "percentile", "entropy", "mse", "auto")
@@ -74,7 +74,7 @@ def fxq_methods(subset: Subset) -> Solved:
 def _fxq_solved(subset: Subset, suffix: str, methods: tuple[str, ...], recipe: fxq.Recipe) -> Solved:
     """Collect once and solve by each method, without bias correction."""
     import fxq
-    from fxq.observers import Histogram
+    from fxq.observing import Histogram
     from fxq.quantizer import quantizers
 
     prepared = fxq.prepare(subset.model, subset.batches[0], recipe=recipe)

@@ -30,7 +30,7 @@ from networks import torchvision_models
 from torch import Tensor, fx, nn
 
 import fxq
-from fxq.observers import Histogram
+from fxq.observing import Histogram
 from fxq.quantizer import Quantizer, quantizers
 from fxq.recipe import QSpec, Recipe, Rule
 

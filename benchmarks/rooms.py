@@ -16,7 +16,7 @@ BUILTIN = "~"  # what the profiler calls the file of a function written in C
 
 
 def room(filename: str) -> str:
-    """A file's owner: `fxq.observers`, `torch.onnx`, `onnx`, `network` (a graph's operations), `python`."""
+    """A file's owner: `fxq.observing.base`, `torch.onnx`, `onnx`, `network` (a graph's operations), `python`."""
     if filename.startswith(GRAPH_CODE):
         return "network"
     parts = PurePath(filename).with_suffix("").parts

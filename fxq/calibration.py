@@ -18,7 +18,7 @@ from .calibration_report import CalibrationReport, CalibrationRow, report_row
 from .errors import CalibrationError
 from .graph import constant, origin
 from .nonfinite import NonfiniteProbe
-from .observers import NEVER
+from .observing import NEVER
 from .quantizer import Mode, Quantizer, quantized_nodes, quantizers, solve_all
 from .ranks import TIMEOUT, Ranks, joined
 from .recipe import Method

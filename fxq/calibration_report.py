@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import html
 from .errors import CalibrationError
-from .observers import Histogram
+from .observing import Histogram
 from .pictures import GREEN, LINES, new_figure
 from .quantizer import Quantizer
 from .recipe import Method

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from .buffers import FlexibleState
 from .errors import CalibrationError, RecipeError
-from .observers import Histogram, Observer, make_observer
+from .observing import Histogram, Observer, make_observer
 from .qdq import fake_quantize
 from .qparams import scale_and_zero_point, weight_range
 from .recipe import METHODS, Method, QSpec

@@ -1,7 +1,7 @@
 """Imports point one way: what a room may know is decided by the layer that it stands in.
 
-A new room of fxq/ gets a place in ``LAYERS`` below. The rooms of passes/ and backends/ have theirs by being
-there.
+A new room of fxq/ gets a place in ``LAYERS`` below. The rooms of passes/, of backends/ and of a wing, a folder in
+fxq/, have theirs by being there. What stands outside a wing imports only its door, the wing's ``__init__``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the ideas that everything speaks to the door that sees everything. A room may import rooms of its own
-# layer and of those above it in this list. "passes" and "backends" stand for all rooms of those folders.
+# layer and of those above it in this list. "passes", "backends" and a wing's name stand for all rooms of that folder.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "random_models"),
     ("amax_files", "guards", "html", "layered", "optional", "plans", "sketch", "sqnr", "tables"),
@@ -25,18 +25,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "buffers",
         "compiled_quantization",
         "folding",
-        "histogram",
-        "observer_kernels",
         "plain_quantization",
         "qparams",
         "qdq",
         "straight_through",
-        "thresholds",
         "triton_kernels",
         "triton_weights",
         "weight_batch",
     ),
-    ("histogram_observer", "moving_average", "observer_base", "observers", "quantizer"),
+    ("observing", "quantizer"),
     (
         "editor",
         "graph",
@@ -122,9 +119,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FORBIDDEN = {"backends": {"passes"}}
 
 
+def wings(root: Path) -> set[str]:
+    """The names of the folders in fxq/ that hold rooms; ``passes`` and ``backends`` lie elsewhere."""
+    return {file.parent.name for file in (root / "fxq").glob("*/*.py")} - {"passes", "backends"}
+
+
 def rooms(root: Path) -> dict[str, Path]:
-    """Module name to file for every room of the three folders, without following the links in fxq/."""
-    folders = {"fxq": root / "fxq", "fxq.passes": root / "passes", "fxq.backends": root / "backends"}
+    """Module name to file for every room of the three folders and of the wings, without following the links in fxq/."""
+    folders = {"fxq": root / "fxq"} | {f"fxq.{wing}": root / "fxq" / wing for wing in wings(root)}
+    folders |= {"fxq.passes": root / "passes", "fxq.backends": root / "backends"}
     return {f"{package}.{file.stem}": file for package, folder in folders.items() for file in folder.glob("*.py")}
 
 
@@ -166,6 +169,7 @@ def resolve(name: str, known: Mapping[str, Path]) -> str:
 def violations(root: Path, layers: Sequence[Sequence[str]] = LAYERS) -> list[str]:
     """What is wrong with the imports below ``root``, one line each."""
     known = rooms(root)
+    inner = {module for module in known if place(module) in wings(root) and not module.endswith(".__init__")}
     order = {name: index for index, layer in enumerate(layers) for name in layer}
     found = [
         f"{file.relative_to(root)} has no place in LAYERS of tests/test_layers.py"
@@ -180,6 +184,8 @@ def violations(root: Path, layers: Sequence[Sequence[str]] = LAYERS) -> list[str
             there = place(target)
             if there in FORBIDDEN.get(here, ()) or order.get(there, -1) > order.get(here, len(layers)):
                 found.append(f"{file.relative_to(root)} imports {target}, which stands in a later layer")
+            elif target in inner and there != here:
+                found.append(f"{file.relative_to(root)} imports {target}, past the door of fxq/{there}/")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -194,6 +200,7 @@ def test_every_import_points_one_way() -> None:
 def test_every_room_stands_in_the_design() -> None:
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     rooms_of_fxq = {file.name for module, file in rooms(ROOT).items() if module.count(".") == 1} - {"__init__.py"}
+    rooms_of_fxq |= {f"{wing}/" for wing in wings(ROOT)}
     assert sorted(name for name in rooms_of_fxq if f"`fxq/{name}`" not in design) == []
 
 
@@ -231,6 +238,28 @@ CASES = {
         {"backends/onnx.py": "from ..passes.a import b", "passes/a.py": ""},
         ["backends/onnx.py imports fxq.passes.a"],
     ),
+    "a wing": (
+        {
+            "fxq/errors.py": "",
+            "fxq/observing/__init__.py": "from .base import Observer",
+            "fxq/observing/base.py": "from ..errors import X",
+            "fxq/quantizer.py": "from .observing import Observer",
+        },
+        [],
+    ),
+    "past a wing's door": (
+        {
+            "fxq/observing/__init__.py": "",
+            "fxq/observing/base.py": "",
+            "fxq/quantizer.py": "from .observing.base import Observer",
+        },
+        ["fxq/quantizer.py imports fxq.observing.base, past the door of fxq/observing/"],
+    ),
+    "a wing that looks up": (
+        {"fxq/observing/base.py": "from ..flow import prepare", "fxq/flow.py": ""},
+        ["fxq/observing/base.py imports fxq.flow, which stands in a later layer"],
+    ),
+    "a wing without a place": ({"fxq/novel/base.py": ""}, ["fxq/novel/base.py has no place"]),
     "a cycle in one layer": (
         {"fxq/graph.py": "from .ops import a", "fxq/ops.py": "from .graph import b"},
         ["a cycle: "],
@@ -243,7 +272,7 @@ def test_the_check_itself(case: str, tmp_path: Path) -> None:
     files, expected = CASES[case]
     for name, text in files.items():
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text)
     found = violations(tmp_path)
     assert len(found) == len(expected), found

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from observing import EXACT, collected, same, spec
 
-from fxq import histogram
-from fxq.observers import Histogram, MovingAverage, make_observer
+from fxq.observing import Histogram, MovingAverage, histogram, make_observer
 from fxq.qdq import fake_quantize
 from fxq.qparams import scale_and_zero_point
 from fxq.recipe import METHODS, Method, QSpec

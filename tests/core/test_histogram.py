@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from fxq import histogram
-from fxq.histogram import (
+from fxq.observing import histogram
+from fxq.observing.histogram import (
     BINS,
     LEAST_POWER,
     SAMPLE,

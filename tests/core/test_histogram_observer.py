@@ -6,8 +6,8 @@ import pytest
 import torch
 from observing import MAX, collected, spec
 
-from fxq.histogram import BINS, SAMPLE
-from fxq.observers import Histogram
+from fxq.observing import Histogram
+from fxq.observing.histogram import BINS, SAMPLE
 
 
 def test_histogram_counts_what_it_samples_and_says_how_much() -> None:

@@ -7,7 +7,7 @@ import torch
 from observing import MAX, collected, spec
 from torch import Tensor
 
-from fxq.observers import MovingAverage
+from fxq.observing import MovingAverage
 from fxq.recipe import Method
 
 

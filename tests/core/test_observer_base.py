@@ -10,7 +10,7 @@ from observing import KINDS, MAX, collected, same, spec
 from torch import Tensor
 
 from fxq.errors import CalibrationError
-from fxq.observers import NEVER, Histogram, MinMax, MovingAverage, Observer
+from fxq.observing import NEVER, Histogram, MinMax, MovingAverage, Observer
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

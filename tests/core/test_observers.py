@@ -7,7 +7,7 @@ import torch
 from observing import KINDS, spec
 
 from fxq.errors import CalibrationError
-from fxq.observers import Histogram, MinMax, MovingAverage, Observer, make_observer
+from fxq.observing import Histogram, MinMax, MovingAverage, Observer, make_observer
 from fxq.recipe import METHODS, Method
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxq import thresholds
-from fxq.histogram import BINS
-from fxq.observers import Histogram
+from fxq.observing import Histogram, thresholds
+from fxq.observing.histogram import BINS
 from fxq.qdq import fake_quantize
 from fxq.qparams import scale_and_zero_point
 from fxq.recipe import Method, QSpec

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxq.observers import Histogram, MinMax, MovingAverage, Observer
+from fxq.observing import Histogram, MinMax, MovingAverage, Observer
 from fxq.recipe import Method, QSpec
 
 KINDS: dict[str, Callable[[int | None], Observer]] = {

@@ -16,10 +16,10 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 
+from ..buffers import FlexibleState
+from ..errors import CalibrationError
+from ..recipe import Method, QSpec
 from . import histogram
-from .buffers import FlexibleState
-from .errors import CalibrationError
-from .recipe import Method, QSpec
 
 __all__ = ["NEVER", "RING", "Observer"]
 
@@ -283,6 +283,6 @@ def _kernels(device: str) -> ModuleType | None:
     """The GPU kernels, or None where there are none."""
     if device != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from . import observer_kernels
+    from . import kernels
 
-    return observer_kernels
+    return kernels

@@ -7,11 +7,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
+from ..recipe import Method, QSpec
 from . import histogram, thresholds
-from .errors import CalibrationError
+from .base import RING, Observer
 from .histogram import BINS, LEAST_POWER
-from .observer_base import RING, Observer
-from .recipe import Method, QSpec
 
 __all__ = ["Histogram"]
 
@@ -26,10 +26,10 @@ class Histogram(Observer):
     """A histogram of the values, or of their magnitudes for symmetric specs, beside the exact minimum and
     maximum.
 
-    The grid (:mod:`fxq.histogram`) is the finest that has room for the largest magnitude so far. It grows
+    The grid (:mod:`fxq.observing.histogram`) is the finest that has room for the largest magnitude so far. It grows
     without losing counts, so the result depends on neither batch sizes nor order nor merges.
 
-    Per tensor, those elements are counted that :func:`fxq.histogram.sample` chooses; per channel, all.
+    Per tensor, those elements are counted that :func:`fxq.observing.histogram.sample` chooses; per channel, all.
 
     Args:
         symmetric: Whether to count magnitudes.
@@ -182,7 +182,7 @@ class Histogram(Observer):
         """The method whose ranges give the least squared quantization error over all that was counted, and the range.
 
         Of methods that so many values cannot tell apart it is the one with the widest ranges: see
-        :func:`fxq.thresholds.least_error`.
+        :func:`fxq.observing.thresholds.least_error`.
 
         Args:
             spec: A complete spec, the one the observer was made for.

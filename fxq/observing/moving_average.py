@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .observer_base import Observer
-from .recipe import Method, QSpec
+from ..recipe import Method, QSpec
+from .base import Observer
 
 __all__ = ["MovingAverage"]
 

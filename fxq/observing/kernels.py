@@ -1,7 +1,7 @@
 """Collecting on a GPU: one read for minimum and maximum, one sparse read for the histogram.
 
 Eager PyTorch needs twenty kernels for the same, most of them for single numbers, and its histogram writes its
-sample out three times. Only :mod:`fxq.observer_base` loads this room, and only where Triton is installed. Triton
+sample out three times. Only :mod:`fxq.observing.base` loads this room, and only where Triton is installed. Triton
 reads a kernel's annotations itself and knows no types but its own, so kernels have none.
 """
 
@@ -129,11 +129,11 @@ def collect_range(x: Tensor, low: Tensor, high: Tensor) -> None:
 def collect_histogram(
     x: Tensor, low: Tensor, high: Tensor, counts: Tensor, power: Tensor, counted: Tensor, *, zero: int
 ) -> None:
-    """Count values per bin on the grid for [min(low), max(high)] (see :mod:`fxq.histogram`).
+    """Count values per bin on the grid for [min(low), max(high)] (see :mod:`fxq.observing.histogram`).
 
     Args:
         x: Float, [N, length] or [N, runs, length] whose last axis is contiguous: what
-            :func:`fxq.histogram.sample` gives.
+            :func:`fxq.observing.histogram.sample` gives.
         low: What :func:`collect_range` says of all values, [PARTS].
         high: Likewise.
         counts: int32, [COPIES, bins]; added to, all but the bin of 0.

@@ -12,8 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .qparams import scale_and_zero_point
-from .recipe import Method, QDType, QSpec
+from ..qparams import scale_and_zero_point
+from ..recipe import Method, QDType, QSpec
 
 __all__ = ["Bins", "entropy", "least_error", "mse", "percentile", "squared_error"]
 

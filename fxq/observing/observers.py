@@ -5,10 +5,10 @@ Each kind has a room of its own; here they are chosen.
 
 from __future__ import annotations
 
+from ..recipe import QSpec
+from .base import NEVER, Observer
 from .histogram_observer import Histogram
 from .moving_average import MovingAverage
-from .observer_base import NEVER, Observer
-from .recipe import QSpec
 
 __all__ = ["NEVER", "Histogram", "MinMax", "MovingAverage", "Observer", "make_observer"]
 
