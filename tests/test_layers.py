@@ -109,10 +109,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("methods", "onnx_comparison", "testing"),
     ("__init__", "demo"),
-    ("image_folder", "terminal"),
-    ("entry_points",),
-    ("runners",),
-    ("cli", "cli_build", "cli_lint", "cli_quantize", "cli_run"),
+    ("cli",),
     ("__main__",),
 )
 # Beside the order: who may not see whom although it comes later.

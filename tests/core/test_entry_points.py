@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fxq.entry_points import load_batches, load_model, load_object, read_tensors
+from fxq.cli.entry_points import load_batches, load_model, load_object, read_tensors
 from fxq.errors import FxqError
 
 MODEL = """

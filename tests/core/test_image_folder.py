@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision_models import torchvision_transforms
 
+from fxq.cli.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, Preprocessing
 from fxq.errors import CalibrationError, MissingDependencyError
-from fxq.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, Preprocessing
 
 
 def picture(path: Path, width: int, height: int, mode: str = "RGB") -> Path:

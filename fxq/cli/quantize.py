@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from .errors import FxqError
+from ..errors import FxqError
 from .terminal import give
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def quantize(
     """
     import fxq
 
-    from .recipe import Recipe
+    from ..recipe import Recipe
 
     shapes = _dynamic_shapes(dynamic or [], static=static)
     images = None
@@ -261,7 +261,7 @@ def _traced(model: nn.Module, batches: Any, random: str | None, device: str) -> 
 
     import fxq
 
-    from .batches import each_batch, model_inputs, moved
+    from ..batches import each_batch, model_inputs, moved
 
     example = torch.randn(shape_of(random)) if random is not None else next(iter(each_batch(batches)), None)
     if example is None:

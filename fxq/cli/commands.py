@@ -14,11 +14,11 @@ from typing import Annotated
 
 import typer
 
-from .cli_build import Library, build
-from .cli_lint import lint
-from .cli_quantize import quantize
-from .cli_run import run
-from .errors import FxqError
+from ..errors import FxqError
+from .build import Library, build
+from .lint import lint
+from .quantize import quantize
+from .run import run
 from .terminal import FOUND, OnnxFile, Output, debug, give, reported
 
 __all__ = ["app", "main"]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from .cli_quantize import shape_of
-from .errors import FxqError
+from ..errors import FxqError
+from .quantize import shape_of
 from .terminal import OnnxFile
 
 if TYPE_CHECKING:
-    from .backends.trt_profiles import Profiles
+    from ..backends.trt_profiles import Profiles
 
 __all__ = ["Hardware", "Library", "Weights", "build"]
 

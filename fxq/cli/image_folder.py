@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError
-from .optional import require
+from ..errors import CalibrationError
+from ..optional import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import FxqError
+from ..errors import FxqError
 from .image_folder import ImageFolder, Preprocessing
 
 __all__ = ["FILES", "load_batches", "load_model", "load_object", "read_tensors"]

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from .cli_quantize import shape_of
-from .errors import FxqError
+from ..errors import FxqError
+from .quantize import shape_of
 from .terminal import FOUND
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .comparison import ComparisonRow
+    from ..comparison import ComparisonRow
     from .runners import Runner
 
 __all__ = ["run"]
@@ -199,7 +199,7 @@ def _save(path: Path, results: Mapping[str, Tensor]) -> None:
 
     import numpy as np
 
-    from .backends.files import write_whole
+    from ..backends.files import write_whole
 
     data = BytesIO()
     arrays: dict[str, Any] = {name: _array(tensor.cpu()) for name, tensor in results.items()}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import FxqError
+from ..errors import FxqError
 from .terminal import FOUND, OnnxFile, give
 
 if TYPE_CHECKING:
-    from .findings import Findings
+    from ..findings import Findings
 
 __all__ = ["lint"]
 
@@ -82,7 +82,7 @@ def _mend(path: Path, output: Path | None, form: LintFormat, *, in_place: bool, 
 
 
 def _in_form(found: Findings, path: Path, form: LintFormat) -> str:
-    from .sarif import findings_as_sarif
+    from ..sarif import findings_as_sarif
 
     if form is LintFormat.TEXT:
         return str(found)

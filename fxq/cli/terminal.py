@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
-from .errors import FxqError
+from ..errors import FxqError
 
 __all__ = ["FAILED", "FOUND", "OnnxFile", "Output", "debug", "give", "reported"]
 
@@ -53,7 +53,7 @@ def give(text: str, output: Path | None) -> None:
     if output is None:
         typer.echo(text)
         return
-    from .backends.files import write_whole
+    from ..backends.files import write_whole
 
     write_whole(output, f"{text}\n".encode())
     typer.echo(f"wrote {output}", err=True)

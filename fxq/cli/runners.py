@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .batches import model_inputs
-from .deployment import load_engine
+from ..batches import model_inputs
+from ..deployment import load_engine
+from ..onnx_comparison import FileComparison, compare_onnx
 from .entry_points import load_model
-from .onnx_comparison import FileComparison, compare_onnx
 
 if TYPE_CHECKING:
-    from .backends.latency import Timings
+    from ..backends.latency import Timings
 
 __all__ = ["EngineRunner", "FileRunner", "Reference", "Runner", "is_engine", "runner_of"]
 
@@ -56,7 +56,7 @@ class FileRunner:
     """An ONNX file in ONNX Runtime."""
 
     def __init__(self, path: Path, *, threads: int | None = None, optimize: bool = True) -> None:
-        from .backends.onnxrt import Session
+        from ..backends.onnxrt import Session
 
         self.path, self.name = path, path.name
         self.session = Session(path, threads=threads, optimize=optimize)
@@ -88,7 +88,7 @@ class FileRunner:
 
     def timed(self, inputs: Mapping[str, Tensor], beside: Runner | None, *, warmup: int, iterations: int) -> str:
         """By the clock."""
-        from .backends.onnxrt import benchmark
+        from ..backends.onnxrt import benchmark
 
         sessions = {self.name: self.session}
         if isinstance(beside, FileRunner):
@@ -126,7 +126,7 @@ class EngineRunner:
 
     def timed(self, inputs: Mapping[str, Tensor], beside: Runner | None, *, warmup: int, iterations: int) -> str:
         """By CUDA events, on inputs that are on the GPU."""
-        from .backends.trt_engine import benchmark
+        from ..backends.trt_engine import benchmark
 
         engines = {self.name: self.engine}
         if isinstance(beside, EngineRunner):
@@ -138,7 +138,7 @@ class EngineRunner:
 
 def is_engine(path: Path) -> bool:
     """Whether a file is an engine, by its ending or a record beside it."""
-    from .backends.trt_record import record_path
+    from ..backends.trt_record import record_path
 
     return path.suffix in ENGINE_FILES or (path.is_file() and record_path(path).is_file())
 
