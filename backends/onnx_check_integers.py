@@ -16,6 +16,8 @@ __all__: list[str] = []
 
 ABSORBED: Final = frozenset({"Clip", "Relu"})
 """What the range of a quantized result computes."""
+INTEGER: Final = WEIGHTED - {"ConvTranspose"}
+"""What there are integer kernels for; a transposed convolution is computed in float whatever it reads (ORT9)."""
 POOLS: Final = frozenset({"AveragePool", "Concat", "GlobalAveragePool", "MaxPool"})
 RANGES: Final = {"int8": (-128, 127), "uint8": (0, 255)}
 FEW_INPUTS: Final = 8
@@ -62,7 +64,7 @@ def _read_in_integers(graph: OnnxGraph, node: Node, inputs: int | None = None) -
 def weighted_in_integers(graph: OnnxGraph) -> Iterator[Finding]:
     """Convolutions and matrix products with one quantized input, and convolutions whose result stays float."""
     for node in graph.nodes:
-        if node.op not in WEIGHTED or len(node.inputs) < 2:
+        if node.op not in INTEGER or len(node.inputs) < 2:
             continue
         rule = "ORT1" if node.op == "Conv" else "ORT2"
         first, second = _read_in_integers(graph, node, 2)

@@ -41,6 +41,7 @@ __all__ = [
     "label_nodes",
     "name_nodes",
     "nodes_of",
+    "not_for_tensorrt",
     "properties",
 ]
 
@@ -50,9 +51,25 @@ SOURCE: Final = "fxq.source"
 RULE_FAMILY: Final = "fxq.rules"
 """The key of the model's metadata that says whose rules the file was made by, as families of rules are called."""
 
+_TENSORRT: Final = "R"
 _CUSTOM: Final = "custom"
 _KEY: Final = "fxq"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
+
+
+def not_for_tensorrt(name: str, metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    """What is wrong, and what to do, where a file's metadata name another backend's rules than TensorRT's.
+
+    Args:
+        name: What the message calls the file.
+        metadata: The file's metadata; a file of another tool says nothing of rules.
+    """
+    family = metadata.get(RULE_FAMILY, _TENSORRT)
+    if family == _TENSORRT:
+        return None
+    made_for = metadata.get("fxq.target", "?")
+    text = f"{name} was quantized for target {made_for}, by rules that are not TensorRT's ({family})"
+    return text, 'quantize it for TensorRT: fxq.prepare(model, inputs, target="tensorrt")'
 
 
 def carry_name(node: fx.Node, name: str) -> None:

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 from ..errors import BuildError
 from .files import write_whole
-from .onnx_names import RULE_FAMILY
+from .onnx_names import not_for_tensorrt
 from .trt_api import Library, Platform, fxq_version, load_library, this_platform
 from .trt_callbacks import BuildLog, capturing, progress_monitor, tensorrt_logger
 from .trt_engine import Engine
@@ -31,9 +31,6 @@ from .trt_profiles import Profiles, Ranges, profile_shapes, recorded_profiles
 from .trt_record import BuildRecord, EngineCache, sha256
 
 __all__ = ["build"]
-
-FAMILY: Final = "R"
-"""TensorRT's rules."""
 
 # All builds share one logger (see trt_callbacks), so two at once would read each other's log.
 _one_build = threading.Lock()
@@ -84,10 +81,10 @@ def build(
             nodes at fault.
         MissingDependencyError: ``tensorrt`` is not installed, or older than 10.12.
     """
-    trt = load_library(library, purpose="building an engine")
     source = OnnxSource.read(onnx_path)
-    chosen = _options(options)
     _check_family(source)
+    trt = load_library(library, purpose="building an engine")
+    chosen = _options(options)
     _check_refit(source, chosen)
     target = Path(engine_path)
     key = _key(trt, source, chosen, profiles)
@@ -139,14 +136,9 @@ def _options(given: dict[str, Any]) -> BuildOptions:
 
 def _check_family(source: OnnxSource) -> None:
     """A file that was quantized by another backend's rules says so: TensorRT takes uint8 for int8, without a word."""
-    known = source.metadata()
-    family = known.get(RULE_FAMILY, FAMILY)
-    if family != FAMILY and source.quantized:
-        raise BuildError(
-            f"{source.name} was quantized for target {known.get('fxq.target', '?')}, by rules that are not TensorRT's "
-            f"({family})",
-            hint='quantize it for TensorRT: fxq.prepare(model, inputs, target="tensorrt")',
-        )
+    refused = not_for_tensorrt(source.name, source.metadata())
+    if refused is not None and source.quantized:
+        raise BuildError(refused[0], hint=refused[1])
 
 
 def _check_refit(source: OnnxSource, options: BuildOptions) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from os import PathLike
 from typing import TYPE_CHECKING, Final
 
+from ..errors import FxqError
 from .onnx_graph import OnnxGraph
+from .onnx_names import not_for_tensorrt
 from .onnx_nodes import Node, Quant, Reader
 from .onnx_values import type_name
 from .trt_fusions import family, fused_library, is_view
@@ -45,9 +47,14 @@ def predict_kernels(model: str | PathLike[str] | bytes | onnx.ModelProto, *, lib
         The kernels with their precision, tensors and bytes.
 
     Raises:
-        FxqError: There is no such file or library, or the file holds no ONNX model.
+        FxqError: There is no such file or library, the file holds no ONNX model, or it was quantized by another
+            backend's rules.
     """
-    grouping = Grouping(OnnxGraph(model), fused_library(library))
+    graph = OnnxGraph(model)
+    refused = not_for_tensorrt(str(model) if isinstance(model, str | PathLike) else "the model", graph.metadata)
+    if refused is not None and graph.quants:
+        raise FxqError(refused[0], hint=refused[1])
+    grouping = Grouping(graph, fused_library(library))
     described = _Kernels(grouping)
     kernels = tuple(described.kernel(group) for group in grouping.groups if group.nodes)
     return Prediction(kernels, library, tuple(grouping.vanished))

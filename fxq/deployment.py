@@ -197,7 +197,8 @@ def predict(path: str | Path, *, library: str = "tensorrt") -> Prediction:
         Each kernel with its ONNX nodes, precision, tensors and bytes.
 
     Raises:
-        FxqError: There is no such file or library, or the file holds no ONNX model.
+        FxqError: There is no such file or library, the file holds no ONNX model, or it was quantized by another
+            backend's rules.
     """
     from .backends.trt_predict import predict_kernels
 

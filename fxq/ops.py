@@ -33,6 +33,7 @@ __all__ = [
     "IDENTITY_MODULES",
     "KINDS",
     "MODULES",
+    "PRODUCT_KINDS",
     "REQUIRED",
     "WEIGHTED_MODULES",
     "ModuleSpelling",
@@ -104,6 +105,11 @@ WEIGHTED_MODULES: Final = (
     nn.Bilinear,
 )
 """Modules that multiply by weights; those that are kept whole are counted as not quantized."""
+
+PRODUCT_KINDS: Final = frozenset(
+    ("linear", "matmul", *(f"conv{n}d" for n in (1, 2, 3)), *(f"conv_transpose{n}d" for n in (1, 2, 3)))
+)
+"""Op kinds that convolve or multiply matrices: what a reader expects to be quantized, whatever a target names."""
 
 _PRODUCTS: Final[Mapping[str, int]] = {
     "scaled_dot_product_attention": 2, "einsum": 1, "addmm": 1, "baddbmm": 1, "addbmm": 1, "addmv": 1, "mv": 1,

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeGuard
 from torch import fx
 
 from .graph import Note, edge_annotations, tensor_info
-from .ops import kind_name, products
+from .ops import PRODUCT_KINDS, kind_name, products
 from .placement import FUSED_RULES, behind_norm, hidden_products, read_tensor
 from .qdq import QUANTIZE
 from .target import Target
@@ -54,7 +54,7 @@ def expected_edges(gm: fx.GraphModule, node: fx.Node, target: Target) -> Iterato
         keys = set(placement.arguments)
     elif kind in _ACTIVATIONS | _NORMS | _CHOOSING | _GAINING or hidden_products(gm, node):
         keys = {0}
-    elif kind == "add":
+    elif kind == "add" or kind in PRODUCT_KINDS:
         keys = {0, 1}
     else:
         return

@@ -11,7 +11,7 @@ from torch import fx
 
 from .batch_norm import TrainedBatchNorm
 from .graph import attribute, edge_annotations, origin, state, tensor_info
-from .ops import WEIGHTED_MODULES, kind_name, products
+from .ops import PRODUCT_KINDS, WEIGHTED_MODULES, kind_name, products
 from .qdq import DEQUANTIZE, QUANTIZE
 from .recipe import QSpec
 from .verify import is_dequantized, quantizer_of
@@ -106,7 +106,7 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
     residuals = {note.node for note in held.notes if note.rule == "R23"}
     for node in gm.graph.nodes:
         kind, hidden = kind_name(node), hidden_products(gm, node)
-        weighted = hidden or int(kind in held.target.weighted)
+        weighted = hidden or int(kind in held.target.weighted | PRODUCT_KINDS)
         edges = tuple(edge_rows(gm, node))
         if not (weighted or node.name in residuals or any(e.quantized for e in edges)):
             continue

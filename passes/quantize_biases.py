@@ -58,7 +58,7 @@ class QuantizeBiases(Pass):
             return
         why = _reason_to_decline(node, wanted) or _store(editor, node)
         if why:
-            editor.note(node, self.name, f"its bias stays float: {why}")
+            editor.note(node, wanted.rule, f"its bias stays float: {why}")
 
 
 def _dequantized(node: object) -> bool:

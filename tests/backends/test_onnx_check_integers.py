@@ -180,10 +180,13 @@ def test_unknown_families_are_refused(path: Path) -> None:
     assert not lint_onnx(model, family="ORT")
 
 
-@pytest.mark.usefixtures("trt")
 def test_no_engine_is_built_of_it(path: Path, tmp_path: Path) -> None:
+    """Whether TensorRT is installed or not: it is not what is missing."""
     with pytest.raises(BuildError, match=r"quantized for target onnxruntime, by rules that are not TensorRT's"):
         fxq.build(path, tmp_path / "m.engine")
+    for library in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(FxqError, match=r"m\.onnx was quantized for target onnxruntime"):
+            fxq.predict(path, library=library)
     assert not list(tmp_path.iterdir())
 
 
@@ -194,3 +197,16 @@ def test_a_graph_that_has_no_checks_says_so() -> None:
         fxq.lint(gm)
     with pytest.raises(FxqError, match="own target"):
         fxq.lint(gm, target="tensorrt")
+
+
+def test_a_transposed_convolution_is_float_and_no_finding(tmp_path: Path) -> None:
+    """No kernel computes it from integers, so that its weight stays float is as it should be (ORT9)."""
+    layers = (nn.Conv2d(32, 32, 3), nn.ReLU(), nn.ConvTranspose2d(32, 32, 2, stride=2), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    x = torch.rand(2, 32, 8, 8)
+    gm = fxq.quantize(nn.Sequential(*layers).eval(), [x], target="onnxruntime", progress=False)
+    assert not fxq.lint(fxq.export(gm, tmp_path / "m.onnx"))
+    rows = {row.kind: row for row in fxq.report(gm).weighted}
+    assert (rows["conv2d"].precision, rows["conv_transpose2d"].precision) == ("uint8/int8", "float")
+    assert "2 of 3 weighted operations" in str(fxq.report(gm))
+    reasons = [(edge.edge, edge.rule) for edge in fxq.explain(gm, "2")]
+    assert reasons == [(0, "ORT9"), (1, "ORT9")]

@@ -107,7 +107,7 @@ def test_a_bias_too_large_for_one_scale_stays_float_and_says_so() -> None:
     per_tensor = {"dtype": "int8", "symmetric": True, "granularity": "per-tensor", "method": "max"}
     gm = converted(model, x, weight=per_tensor)
     assert bias_of(gm, "_0").op == "get_attr"
-    notes = [note.text for note in fxq.graph.state(gm).notes if note.rule == "quantize-biases"]
+    notes = [note.text for note in fxq.graph.state(gm).notes if note.rule == "R17"]
     assert notes == ["its bias stays float: it is too large for int32 in steps of input scale * weight scale"]
     assert constant(bias_of(gm, "_3").args[0]).dtype == torch.int32
 
@@ -126,7 +126,7 @@ def test_weights_that_two_layers_share_are_not_changed_for_a_bias() -> None:
         model.layer.weight[1] *= 1e-12
         model.layer.bias[1] = 0.7
     gm = converted(model, x)
-    notes = [note.node for note in fxq.graph.state(gm).notes if note.rule == "quantize-biases"]
+    notes = [note.node for note in fxq.graph.state(gm).notes if note.rule == "R17"]
     linears = [n for n in gm.graph.nodes if n.target is torch.nn.functional.linear]
     assert notes == [n.name for n in linears]
     torch.testing.assert_close(gm(x), converted(model, x, bias=None)(x), rtol=0, atol=0)
@@ -163,7 +163,7 @@ def test_a_computed_bias_and_a_product_of_higher_rank_stay_float() -> None:
     prepared = fxq.prepare(seeded(Odd), (x, bias), target=target())
     fxq.calibrate(prepared, [(x, bias)], progress=False, bias_correction=False)
     gm = fxq.convert(prepared)
-    notes = [note.text for note in fxq.graph.state(gm).notes if note.rule == "quantize-biases"]
+    notes = [note.text for note in fxq.graph.state(gm).notes if note.rule == "R17"]
     assert notes == [
         "its bias stays float: the kernel adds it for inputs of rank 2 alone",
         "its bias stays float: it is computed in the graph",
