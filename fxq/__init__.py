@@ -9,12 +9,12 @@ from __future__ import annotations
 from . import calibration_io, notebook_display, passes, pictures, qat
 from .ablation import sensitivity
 from .deployment import build, engine_report, export, fix, lint, load_engine, predict
+from .drawing import Steps, View, diff, view
 from .editor import Editor
 from .errors import FxqError
 from .explanations import explain
 from .flow import convert, prepare, prepare_qat, quantize, trace
 from .graph import Annotation
-from .graph_diff import diff
 from .manager import PassManager, Pipeline
 from .methods import score_methods
 from .onnx_comparison import compare_onnx
@@ -25,9 +25,7 @@ from .reports import report
 from .rewriting import RewritePass
 from .scales import calibrate, solve
 from .side_by_side import compare
-from .steps import Steps
 from .target import Target
-from .viewer import View, view
 
 __version__ = "0.1.0"
 

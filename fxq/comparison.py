@@ -12,10 +12,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from . import html
+from .drawing import View, view
 from .errors import FxqError
 from .pictures import curves_picture
 from .tables import plain_number, table
-from .viewer import View, view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

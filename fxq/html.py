@@ -28,7 +28,7 @@ __all__ = [
     "table",
 ]
 
-SCRIPT: Final = "view.js"
+SCRIPT: Final = "drawing/view.js"
 _MANY: Final = 24
 STYLE: Final = "style.css"
 
@@ -44,7 +44,7 @@ def sheet(name: str) -> Html:
     """The style sheet or the script, as an element.
 
     Args:
-        name: ``style.css`` or ``view.js``.
+        name: :data:`STYLE` or :data:`SCRIPT`.
     """
     text = (resources.files("fxq") / name).read_text(encoding="utf-8").strip()
     return Html(f"<style>{text}</style>" if name == STYLE else f"<script>{text}</script>")

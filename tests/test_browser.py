@@ -24,8 +24,8 @@ import pytest
 from toys import bottleneck_net, image
 
 import fxq
+from fxq.drawing.viewer import page as write_page
 from fxq.html import Html
-from fxq.viewer import page as write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = (

@@ -13,8 +13,8 @@ from toys import BasicBlock, image, seeded
 
 import fxq
 from fxq.bias_correction import CORRECTIONS
+from fxq.drawing import diff
 from fxq.errors import FxqError, PassError
-from fxq.graph_diff import diff
 
 
 class Net(nn.Module):

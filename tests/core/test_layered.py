@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxq.layered import Arrangement, Line, arrange
+from fxq.drawing.layered import Arrangement, Line, arrange
 
 
 @st.composite

@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 from toys import basic_net, image, seeded
 
 import fxq
-from fxq.depiction import depict
+from fxq.drawing import View
+from fxq.drawing.depiction import depict
+from fxq.drawing.layout import Placed, place
+from fxq.drawing.plans import opened_by_default, opened_to, plan
+from fxq.drawing.sketch import Item, Sketch, nest
 from fxq.errors import FxqError
-from fxq.layout import Placed, place
-from fxq.plans import opened_by_default, opened_to, plan
-from fxq.sketch import Item, Sketch, nest
-from fxq.viewer import View
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -284,7 +284,8 @@ def test_the_script_is_valid() -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed; it checks the script's syntax")
-    done = subprocess.run([node, "--check", ROOT / "fxq" / "view.js"], capture_output=True, text=True, check=False)
+    script = ROOT / "fxq" / "drawing" / "view.js"
+    done = subprocess.run([node, "--check", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,8 @@
 """``fxq.view``: a graph as a picture, on paper and to click on.
 
-The picture is laid out and drawn in Python (:mod:`fxq.layout`, :mod:`fxq.svg`), so that the SVG and what the browser
-shows are the same. In a notebook a script takes the still picture and makes it interactive; it needs nothing from
-anywhere. Where no script runs, the still picture stays.
+The picture is laid out and drawn in Python (:mod:`fxq.drawing.layout`, :mod:`fxq.drawing.svg`), so that the SVG and
+what the browser shows are the same. In a notebook a script takes the still picture and makes it interactive; it needs
+nothing from anywhere. Where no script runs, the still picture stays.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Final
 
 from torch import fx
 
-from .backends.files import write_whole
+from ..backends.files import write_whole
+from ..errors import FxqError
+from ..html import SCRIPT, STYLE, Html, element, image, json_script, sheet
 from .depiction import depict
-from .errors import FxqError
-from .html import SCRIPT, STYLE, Html, element, image, json_script, sheet
 from .layout import place
 from .plans import opened_by_default, opened_to, plan
 from .sketch import Box, Sketch, nest

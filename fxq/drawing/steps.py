@@ -11,11 +11,11 @@ from typing import Any, overload
 
 from torch import fx
 
-from .errors import PassError
+from ..errors import PassError
+from ..html import SCRIPT, STYLE, Html, element, sheet
+from ..instruments import Instrument
+from ..passbase import Pass, PassResult
 from .graph_diff import Diff, diff, steps_html
-from .html import SCRIPT, STYLE, Html, element, sheet
-from .instruments import Instrument
-from .passbase import Pass, PassResult
 from .viewer import page, view
 
 __all__ = ["Step", "Steps"]

@@ -15,12 +15,12 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from ..errors import FxqError
+from ..graph import constant
+from ..html import SCRIPT, STYLE, Html, details, element, sheet
+from ..instruments import format_diff
+from ..printer import format_graph, format_node
 from .depiction import depict
-from .errors import FxqError
-from .graph import constant
-from .html import SCRIPT, STYLE, Html, details, element, sheet
-from .instruments import format_diff
-from .printer import format_graph, format_node
 from .sketch import Item, Sketch
 from .viewer import View
 

@@ -1,13 +1,13 @@
 // The picture of a graph, made interactive: open and close boxes, look things up, search, zoom.
 //
-// The drawing itself is fxq/svg.py's, taken from the still image; here it is only rearranged, by the same sums as in
-// fxq/layout.py. Nothing is fetched, and all text from the graph goes through textContent.
+// The drawing itself is fxq/drawing/svg.py's, taken from the still image; here it is only rearranged, by the same sums as in
+// fxq/drawing/layout.py. Nothing is fetched, and all text from the graph goes through textContent.
 "use strict";
 (() => {
   const HEADER = 22, PAD = 12, ROW = 46, MARGIN = 8;
   const text = (value) => String(Math.floor(value * 10 + 0.5) / 10);
 
-  // --- layout: fxq.layout.place ---------------------------------------------------------------------------------
+  // --- layout: fxq.drawing.layout.place ---------------------------------------------------------------------------------
 
   function pushed(plan, inside) {
     const wider = new Map(), shift = plan.cells.map(() => 0);

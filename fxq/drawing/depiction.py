@@ -17,14 +17,14 @@ from typing import Final
 import torch
 from torch import Tensor, fx
 
-from .graph import Note, constant, edge_annotations, has_state, origin, state, tensor_info
-from .ops import kind_name
-from .placement import EdgeRow, OpRow, operations
-from .printer import format_node, format_numbers
-from .qdq import QUANTIZE
-from .rules import RULES
+from ..graph import Note, constant, edge_annotations, has_state, origin, state, tensor_info
+from ..ops import kind_name
+from ..placement import EdgeRow, OpRow, operations
+from ..printer import format_node, format_numbers
+from ..qdq import QUANTIZE
+from ..rules import RULES
+from ..verify import is_dequantized, quantizer_of
 from .sketch import Item, Sketch
-from .verify import is_dequantized, quantizer_of
 
 __all__ = ["depict"]
 

@@ -60,7 +60,7 @@ class Drawing:
     """A picture's content, and how to draw it.
 
     Attributes:
-        box: The whole, as :func:`fxq.sketch.nest` gives it.
+        box: The whole, as :func:`fxq.drawing.sketch.nest` gives it.
         plans: How each box is arranged.
         items: The items by key.
         numbers: A number for each item and box, by which script finds it.

@@ -1,8 +1,9 @@
 """Where everything in a picture lies, for any choice of open boxes.
 
-Each box is arranged once (:mod:`fxq.plans`). When a box is opened it needs more room: what lies beside it is pushed
-aside, what lies below it down, and nothing changes its order. That takes a few sums (:func:`place`), which ``view.js``
-does in the same way, so that a click moves no more than it must and a picture on paper is the picture on the screen.
+Each box is arranged once (:mod:`fxq.drawing.plans`). When a box is opened it needs more room: what lies beside it is
+pushed aside, what lies below it down, and nothing changes its order. That takes a few sums (:func:`place`), which
+``view.js`` does in the same way, so that a click moves no more than it must and a picture on paper is the picture on
+the screen.
 """
 
 from __future__ import annotations
