@@ -35,14 +35,10 @@ def _repeated(graph: OnnxGraph, quant: Quant) -> bool:
     if quant.quantizes:
         return False
     quantizer = graph.quantizer(quant)
-    return quantizer is not None and (
-        quantizer.node.inputs[1:] == quant.node.inputs[1:]
-        or (quantizer.same(quant) and np.array_equal(_zeros(quantizer), _zeros(quant)))
-    )
-
-
-def _zeros(quant: Quant) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    return np.zeros(1) if quant.zero_point is None else quant.zero_point.ravel()
+    if quantizer is None or quantizer.node.inputs[1:] == quant.node.inputs[1:]:
+        return quantizer is not None
+    first, second = quantizer.zeros, quant.zeros
+    return quantizer.same(quant) and first is not None and second is not None and np.array_equal(first, second)
 
 
 def _range(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> str:

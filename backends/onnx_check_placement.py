@@ -140,6 +140,8 @@ def _difference(first: Quant, second: Quant) -> str:
     """How two quantizers differ, for messages."""
     if first.dtype != second.dtype:
         return f"{first.dtype} and {second.dtype}"
+    if first.saturates != second.saturates:
+        return "one that saturates and one that does not"
     if first.scale_text == second.scale_text:  # they differ in digits that are not shown, or channel by channel
         return f"{first.scale_text}, and others nearly equal" if first.axis is None else "different scales"
     return f"{first.scale_text} and {second.scale_text}"

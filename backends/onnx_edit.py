@@ -7,7 +7,7 @@ metadata, and what was useless before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy.typing as npt
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = ["OnnxEdit"]
+
+FIRST_FREE: Final = 4
+"""The IR version from which on a stored tensor need not stand among the graph's inputs too."""
 
 
 class OnnxEdit:
@@ -31,12 +34,13 @@ class OnnxEdit:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._graph = model.graph
+        self._typed_as_inputs = model.ir_version < FIRST_FREE
         self._reroutes: dict[str, str] = {}
         self._dropped: set[int] = set()
         self._moved: dict[int, int] = {}
         self._retyped: set[str] = set()
         self._read_before = _read(self._graph)
-        self._names = _made(self._graph) | {i.name for i in self._graph.input}
+        self._names = _taken(self._graph)
 
     def free_name(self, name: str) -> str:
         """`name`, or `name` with a number if the graph has it already; it counts as taken from then on."""
@@ -77,7 +81,10 @@ class OnnxEdit:
         import onnx
 
         self._dropped.update(i for i, node in enumerate(self._graph.node) if name in node.output)
-        self._graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        tensor = onnx.numpy_helper.from_array(array, name)
+        self._graph.initializer.append(tensor)
+        if self._typed_as_inputs:
+            self._graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
 
     def forget_type(self, name: str) -> None:
         """Take away what the file says of a tensor's type."""
@@ -115,12 +122,18 @@ class OnnxEdit:
         _drop(graph.input, [value.name not in stored & unread for value in graph.input])  # it only told a type
         there = _made(graph) - self._retyped
         _drop(graph.value_info, [value.name in there for value in graph.value_info])
-        gone = self._names - _made(graph)
+        gone = self._names - _taken(graph)
         _drop(graph.quantization_annotation, [a.tensor_name not in gone for a in graph.quantization_annotation])
 
 
 def _outputs(node: onnx.NodeProto) -> list[str]:
     return [name for name in node.output if name]
+
+
+def _taken(graph: onnx.GraphProto) -> set[str]:
+    """The names that no new tensor may have: ONNX lets no graph inside a node make a tensor of the same name."""
+    inner = (name for node in graph.node for sub in _graphs_in(node) for name in _taken(sub))
+    return {*inner, *_made(graph), *(i.name for i in graph.input)}
 
 
 def _made(graph: onnx.GraphProto) -> set[str]:

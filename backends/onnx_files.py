@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ _KEPT_INSIDE: Final = 1024
 """Bytes of a tensor that stays in the model file all the same: shapes and scales are needed to read the
 graph.
 """
+_DIGITS: Final = 16
+"""Of the content's hash, in the name of a weight file: those of other tools are called otherwise, and are kept."""
 _HINT: Final = "this is a graph that ONNX does not allow; leave the part named here out of the model, or report it"
 
 
@@ -121,7 +124,7 @@ def _move_weights_out(model: onnx.ModelProto, path: Path) -> list[Path]:
             for part in (padding, tensor.raw_data):
                 file.write(part)
                 digest.update(part)
-    data = path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.data")
+    data = path.with_name(f"{path.name}.{digest.hexdigest()[:_DIGITS]}.data")
     for tensor, offset, length in moved:
         onnx.external_data_helper.set_external_data(tensor, data.name, offset=offset, length=length)
         tensor.ClearField("raw_data")
@@ -144,7 +147,8 @@ def _weight_files(model: Path, path: Path | None = None) -> set[Path]:
     except DecodeError:
         return set()
     names = {entry.value for t in held.graph.initializer for entry in t.external_data if entry.key == "location"}
-    return {path.with_name(name) for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")}
+    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{_DIGITS}}}\.data")
+    return {path.with_name(name) for name in names if own.fullmatch(name)}
 
 
 def _temporary(path: Path) -> Path:

@@ -20,6 +20,7 @@ from .onnx_fixes import EXACT, Fix
 from .onnx_fixes_rounding import ROUNDING
 from .onnx_graph import OnnxGraph
 from .onnx_lint import lint_onnx
+from .onnx_nodes import graphs_inside, nodes_of_graph
 from .onnx_values import read_model
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def fix_model(
 ) -> tuple[Change, ...]:
     """As :func:`fix_onnx` for a model in memory, which is changed in place; its own functions have to be inlined."""
     changes: list[Change] = []
-    for _ in range(MOST_ROUNDS):
+    for _ in range(MOST_ROUNDS + len(model.graph.node)):  # a pair passes one Relu in each
         chosen = _next(model, rounding, rules)
         if not chosen:
             return tuple(changes)
@@ -160,7 +161,7 @@ def _whole_model(path: Path) -> tuple[onnx.ModelProto, bool]:
     import onnx
 
     model, folder = read_model(path)
-    beside = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
+    beside = _any_beside(model.graph)
     try:
         onnx.external_data_helper.load_external_data_for_model(model, folder)
     except (OSError, onnx.checker.ValidationError) as error:
@@ -168,6 +169,15 @@ def _whole_model(path: Path) -> tuple[onnx.ModelProto, bool]:
             f"cannot read the weights beside {path.name}: {error}", hint="keep a model and its data in one folder"
         ) from error
     return model, beside
+
+
+def _any_beside(graph: onnx.GraphProto) -> bool:
+    """Whether values of a graph, or of one inside its nodes, lie in a file beside the model."""
+    from onnx.external_data_helper import uses_external_data
+
+    held = [*graph.initializer, *(attribute.t for node in graph.node for attribute in node.attribute)]
+    inner = (sub for node in nodes_of_graph(graph) for sub in graphs_inside(node))
+    return any(map(uses_external_data, held)) or any(map(_any_beside, inner))
 
 
 def _write_checked(model: onnx.ModelProto, source: Path, target: Path) -> None:

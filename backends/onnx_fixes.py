@@ -28,7 +28,11 @@ MIDDLE: Final = 128
 """The zero point of uint8 that stands where int8 has 0."""
 INT8: Final = (-128, 127)
 LIMITS: Final = {"float": (2.0**-126, 2.0**127), "float16": (2.0**-14, 2.0**15)}
-"""Between what numbers a scale's type keeps its digits; bfloat16 has too few to tell 127 from 128."""
+"""Between what numbers a float type keeps its digits; bfloat16 has too few to tell 127 from 128."""
+LARGEST: Final = {"int4": 16, "uint4": 16, "float4e2m1": 6, "int8": 256, "uint8": 256, "float8e4m3fn": 448}
+"""The types of whose numbers, less a zero point, float16 has all, and what none exceeds."""
+STEPS: Final = ("output_dtype", "precision")
+"""Attributes that say in which float type Q and DQ compute."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +61,23 @@ def only_nodes_read(graph: OnnxGraph, name: str) -> bool:
 
 
 def _zeros(quant: Quant) -> set[float]:
-    return set(np.ravel(quant.zero_point).tolist()) if quant.zero_point is not None else {0.0}
+    """The zero points that occur; none if they are not known."""
+    return set() if quant.zeros is None else set(quant.zeros.tolist())
 
 
 def _equal(first: Quant, second: Quant) -> bool:
-    """Whether two Q, two DQ, or a Q and a DQ have the same numbers: scales, zero points, type, axis."""
-    if first.scale is None or second.scale is None or not first.same(second):
-        return False
-    zeros = [np.zeros(1) if q.zero_point is None else np.ravel(q.zero_point) for q in (first, second)]
-    return bool(np.all(zeros[0] == zeros[1]))
+    """Whether two Q, two DQ, or a Q and a DQ have the same numbers, as far as known: scales, zero points, types."""
+    known = first.scale is not None and second.scale is not None and first.dtype and _zeros(first) and _zeros(second)
+    return bool(known) and first.same(second)
+
+
+def _alike(graph: OnnxGraph, first: Quant, second: Quant) -> bool:
+    """Whether two Q or two DQ are :func:`_equal` and compute in one float type, so that one serves for both."""
+    types = [
+        [graph.dtype(q.node.input(1)), graph.dtype(q.output), *map(q.node.attributes.get, STEPS)]
+        for q in (first, second)
+    ]
+    return _equal(first, second) and types[0] == types[1]
 
 
 def unread(graph: OnnxGraph) -> Iterator[Fix]:
@@ -90,6 +102,8 @@ def requantized(graph: OnnxGraph) -> Iterator[Fix]:
         dq = graph.quant(graph.producers.get(quant.tensor)) if quant.quantizes else None
         if dq is None or dq.quantizes or not _equal(dq, quant) or not _survives(graph, dq):
             continue
+        if graph.dtype(quant.node.input(1)) != graph.dtype(dq.node.input(1)) or "precision" in quant.node.attributes:
+            continue
         if only_nodes_read(graph, quant.output):
             what = f"took away the Q: {dq.node.name} reads these integers already"
             yield Fix(("R31",), (quant.node.name,), what, partial(_replace, quant.node, quant.output, dq.tensor))
@@ -97,10 +111,9 @@ def requantized(graph: OnnxGraph) -> Iterator[Fix]:
 
 def _survives(graph: OnnxGraph, dq: Quant) -> bool:
     """Whether DQ and Q give every integer back: q·s is neither too large nor subnormal, and its type has the digits."""
-    limits = LIMITS.get(graph.dtype(dq.node.input(1)))
-    if limits is None or dq.scale is None:
+    limits, largest = LIMITS.get(graph.dtype(dq.output)), LARGEST.get(dq.dtype)
+    if limits is None or largest is None or dq.scale is None:
         return False
-    largest = 448 if dq.dtype.startswith("float8") else 256
     return bool(np.all((dq.scale >= limits[0]) & (dq.scale * largest <= limits[1])))
 
 
@@ -116,7 +129,7 @@ def doubled(graph: OnnxGraph) -> Iterator[Fix]:
         if not quant.quantizes or quant.tensor in graph.fixed:
             continue
         kept = first.setdefault(quant.tensor, quant)
-        if kept is not quant and _equal(kept, quant) and only_nodes_read(graph, quant.output):
+        if kept is not quant and _alike(graph, kept, quant) and only_nodes_read(graph, quant.output):
             what = f"let its readers share {kept.node.name}"
             yield Fix(("R29",), (quant.node.name,), what, partial(_merge, graph, kept, quant))
 
@@ -125,7 +138,7 @@ def _merge(graph: OnnxGraph, kept: Quant, extra: Quant, edit: OnnxEdit) -> None:
     _replace(extra.node, extra.output, kept.output, edit)
     shared = [dq for dq in _dequantizers(graph, kept.output) if dq.node.index < extra.node.index]
     for dq in _dequantizers(graph, extra.output):
-        same = next((other for other in shared if _equal(other, dq)), None)
+        same = next((other for other in shared if _alike(graph, other, dq)), None)
         if same is not None and only_nodes_read(graph, dq.output):
             _replace(dq.node, dq.output, same.output, edit)
 
@@ -171,7 +184,7 @@ def shifted(graph: OnnxGraph) -> Iterator[Fix]:
         elif not quant.quantizes and quant.dtype in {"int8", "uint8"} and can_compute(graph, quant.tensor):
             source = graph.quantizer(quant)
             names = (quant.node.name, *([source.node.name] if source is not None else []))
-            if (quant.dtype == "uint8" or _zeros(quant) != {0.0}) and _centred(graph, quant) is not None:
+            if (quant.dtype == "uint8" or _zeros(quant) - {0.0}) and _centred(graph, quant) is not None:
                 what = "stored its integers less their zero points, in int8"
                 yield Fix(("R9", "R10"), names, what, partial(_store_centred, graph, quant))
 
@@ -194,9 +207,11 @@ def _no_zero_point(graph: OnnxGraph, quant: Quant, edit: OnnxEdit) -> None:
 
 
 def _centred(graph: OnnxGraph, dq: Quant) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]] | None:
-    """A weight's integers less their zero points; None if they do not fit int8."""
+    """A weight's integers less their zero points; None if they do not fit int8, or the zero points are not known."""
     integers = compute(graph, dq.tensor).astype(np.int32)
-    zero = np.zeros(1) if dq.zero_point is None else dq.zero_point
+    zero = dq.zeros
+    if zero is None:
+        return None
     if zero.size > 1:
         if dq.axis is None or dq.block:
             return None
@@ -222,7 +237,7 @@ def in_front_of_relu(graph: OnnxGraph) -> Iterator[Fix]:
         if quant is None or relu is None or relu.op != "Relu" or quant.tensor in graph.fixed:
             continue
         alone = _sole_reader(graph, quant.output) is not None and _equal(quant, dq) and _zeros(quant) == {0.0}
-        if alone and _wants_int8(graph, relu, quant):
+        if alone and quant.saturates and _wants_int8(graph, relu, quant):
             what = f"moved Q/DQ behind {relu.name}"
             yield Fix(("R21", "R38"), (dq.node.name,), what, partial(_move_behind, quant, dq, relu))
 

@@ -84,7 +84,7 @@ class Quant:
         quantizes: True for Q, False for DQ.
         dtype: The quantized type by ONNX's name in lower case (``int8``, ``float8e4m3fn``); "" if unknown.
         scale: The scale's values in its shape; None if it is not constant or cannot be computed here.
-        zero_point: The zero point's values likewise; None also if there is none.
+        zero_point: The zero point's values likewise; None also if there is none, see :attr:`zeros`.
         axis: The axis that several scales run along; None for one scale.
         block: Block size along the axis; 0 without blocks.
     """
@@ -107,15 +107,31 @@ class Quant:
         """What it makes."""
         return self.node.outputs[0]
 
+    @property
+    def zeros(self) -> Array | None:
+        """The zero points in a row, a single 0 if there are none; None if they are not known."""
+        if not self.node.input(2):
+            return np.zeros(1)
+        return None if self.zero_point is None else self.zero_point.ravel()
+
+    @property
+    def saturates(self) -> bool:
+        """Whether what is too large becomes the largest number; otherwise FP8 makes NaN or infinity of it."""
+        return bool(self.node.attributes.get("saturate", 1)) or not self.dtype.startswith("float8")
+
     def same(self, other: Quant) -> bool:
-        """Whether both have one type, one axis, and equal scales and zero points."""
+        """Whether both have one type, one axis, and equal scales and zero points; two Q also saturate alike."""
         if (self.dtype, self.axis, self.block) != (other.dtype, other.axis, other.block):
+            return False
+        if self.quantizes and other.quantizes and self.saturates != other.saturates:
             return False
         if self.scale is None or other.scale is None:
             return self.node.input(1) == other.node.input(1)
         if not np.array_equal(self.scale.ravel(), other.scale.ravel(), equal_nan=True):
             return False
-        mine, theirs = (np.zeros(1) if q.zero_point is None else q.zero_point.ravel() for q in (self, other))
+        mine, theirs = self.zeros, other.zeros
+        if mine is None or theirs is None:
+            return self.node.input(2) == other.node.input(2)
         return bool(np.all(mine == theirs)) if 1 in (mine.size, theirs.size) else np.array_equal(mine, theirs)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from lint_net import INT4, Make, Net, brief, clipped_or_moved, residual
+from lint_net import FP8, INT4, Make, Net, brief, clipped_or_moved, residual
 from onnx import helper
 from onnx_running import outputs
 
@@ -93,6 +93,48 @@ def relu(behind: float | None, *, op: str = "Relu", skip: bool = False) -> onnx.
     return net.model(net.op("Add", [tail, pair], "sum") if skip else tail)
 
 
+def computed_zero(kind: str) -> onnx.ModelProto:
+    """Zero points that a graph computes from constants, so that reading the file does not tell them."""
+    net = Net()
+    zero = onnx.numpy_helper.from_array(
+        np.array([99 if kind == "weight" else 9], np.uint8 if kind == "weight" else np.int8)
+    )
+    shape = net.constant("shape", np.array([32] if kind == "weight" else [], np.int64))
+    parameters = ["x_q_scale", net.op("ConstantOfShape", [shape], "zero", value=zero)]
+    pair = net.qdq("x")
+    if kind == "weight":
+        data = net.constant("w", net.random.integers(60, 120, (32, 32, 3, 3)).astype(np.uint8))
+        scale = net.constant("w_scale", np.full(32, 0.003, np.float32))
+        weight = net.op("DequantizeLinear", [data, scale, "zero"], "w_dq", axis=0)
+        return net.model(net.conv(pair, "conv", weight=weight))
+    source = {"second": "x", "behind": pair, "relu": net.conv(pair, "conv1")}[kind]
+    integers = net.op("QuantizeLinear", [source, *parameters], "other_q")
+    other = net.op("DequantizeLinear", [integers, *parameters], "other_dq")
+    read = net.op("Relu", [other], "active") if kind == "relu" else other
+    return net.model(net.conv(read, "conv2"), *([] if kind == "relu" else [net.conv(pair, "conv3")]))
+
+
+def doubled_with(attribute: str) -> onnx.ModelProto:
+    """Two quantizers of one tensor with one scale that differ in how they compute."""
+    net = Net()
+    dtype = FP8 if attribute == "saturate" else np.int8
+    options: dict[str, int] = {"saturate": 0} if attribute == "saturate" else {"precision": onnx.TensorProto.FLOAT16}
+    pairs = [
+        net.dq(net.q("x", f"{n}_q", 0.001, dtype=dtype, **o), n, 0.001, dtype=dtype)
+        for n, o in (("a", {}), ("b", options))
+    ]
+    return net.model(*(net.conv(pair, f"conv_{pair}") for pair in pairs), opset=19 if attribute == "saturate" else 23)
+
+
+def wide_requantized() -> onnx.ModelProto:
+    """INT16 through float16, which does not have all of its integers."""
+    net = Net()
+    half = net.op("Cast", ["x"], "half", to=onnx.TensorProto.FLOAT16)
+    once = net.qdq(half, 0.001, dtype=np.int16, scale_dtype=np.float16)
+    twice = net.qdq(once, 0.001, name="again", dtype=np.int16, scale_dtype=np.float16)
+    return net.model(net.conv(net.op("Cast", [twice], "y", to=onnx.TensorProto.FLOAT), "conv"), opset=21)
+
+
 EXACT: dict[str, tuple[Make, Changes]] = {
     "two quantizers": (doubled, [("R29", "again_q")]),
     "requantized": (lambda: requantized(0.05), [("R31", "again_q")]),
@@ -119,6 +161,13 @@ DECLINED: dict[str, Make] = {
     "Clip": lambda: relu(None, op="Clip"),
     "read by an addition too": lambda: relu(None, skip=True),
     "float skip": lambda: residual(None),
+    "second quantizer with a computed zero point": lambda: computed_zero("second"),
+    "computed zero point behind a pair": lambda: computed_zero("behind"),
+    "computed zero point in front of Relu": lambda: computed_zero("relu"),
+    "weight with computed zero points": lambda: computed_zero("weight"),
+    "saturating and not": lambda: doubled_with("saturate"),
+    "two precisions": lambda: doubled_with("precision"),
+    "INT16 in float16": wide_requantized,
 }
 
 
@@ -234,6 +283,43 @@ class TestWhatElseIsThere:
         assert brief(lint_onnx(model)) == [("R29", "advice", "again_q")]
         assert fix_model(model) == ()
 
+    def test_a_new_tensor_has_no_name_of_a_branch(self) -> None:
+        net = Net()
+        active = net.op("Relu", [net.qdq(net.conv(net.qdq("x"), "conv1"))], "active")
+        branches = {}
+        for name in ("then_branch", "else_branch"):
+            nodes = [
+                helper.make_node("Relu", ["x"], ["active_float"], name=f"{name}_a"),
+                helper.make_node("Identity", ["active_float"], [f"{name}_y"], name=f"{name}_b"),
+            ]
+            output = helper.make_tensor_value_info(f"{name}_y", onnx.TensorProto.FLOAT, (2, 32, 16, 16))
+            branches[name] = helper.make_graph(nodes, name, [], [output])
+        chosen = net.op("If", [net.constant("wish", np.bool_(1))], "if", **branches)
+        model = net.model(net.conv(active, "conv2"), chosen)
+        before = outputs(model)
+        assert [change.rule for change in fix_model(model)] == ["R21"]
+        onnx.checker.check_model(model, full_check=True)
+        for wanted, got in zip(before, outputs(model), strict=True):
+            np.testing.assert_array_equal(wanted, got)
+
+    def test_stored_tensors_are_inputs_too_in_old_files(self) -> None:
+        model = unsigned(128)
+        model.ir_version = 3
+        for tensor in model.graph.initializer:
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        assert [change.rule for change in fix_model(model)] == ["R9"]
+        onnx.checker.check_model(model, full_check=True)
+        assert {tensor.name for tensor in model.graph.initializer} == {i.name for i in model.graph.input} - {"x"}
+
+    def test_a_long_chain_is_mended_to_its_end(self) -> None:
+        net = Net()
+        tensor = net.qdq("x")
+        for index in range(70):
+            tensor = net.op("Relu", [tensor], f"relu{index}")
+        model = net.model(net.conv(tensor, "conv"))
+        assert len(fix_model(model)) == 70
+        assert not lint_onnx(model)
+
     def test_everything_else_stays_as_it_was(self) -> None:
         model = doubled()
         model.metadata_props.add(key="author", value="somebody")
@@ -311,6 +397,29 @@ class TestFiles:
         (tmp_path / "in" / "net.data").unlink()
         with pytest.raises(FxqError, match=r"cannot read the weights beside net\.onnx"):
             fix_onnx(path)
+
+    def test_weights_beside_that_a_branch_reads_come_along(self, tmp_path: Path) -> None:
+        net = Net()
+        branches = {}
+        for name in ("then_branch", "else_branch"):
+            held = onnx.numpy_helper.from_array(np.full((2, 32, 16, 16), 3, np.float32), f"{name}_w")
+            output = helper.make_tensor_value_info(f"{name}_y", onnx.TensorProto.FLOAT, (2, 32, 16, 16))
+            node = helper.make_node("Identity", [held.name], [output.name], name=name)
+            branches[name] = helper.make_graph([node], name, [], [output], [held])
+        chosen = net.op("If", [net.constant("wish", np.bool_(1))], "if", **branches)
+        model = net.model(chosen)
+        path = tmp_path / "net.onnx"
+        (tmp_path / "out").mkdir()
+        onnx.save(copied(model), path, save_as_external_data=True, location="net.data", size_threshold=9000)
+        assert fix_onnx(path, tmp_path / "out" / "net.onnx").changes == ()
+        for before, after in zip(outputs(model), outputs(onnx.load(tmp_path / "out" / "net.onnx")), strict=True):
+            np.testing.assert_array_equal(before, after)
+
+    def test_another_tools_weight_file_is_not_removed(self, tmp_path: Path) -> None:
+        path = tmp_path / "net.onnx"
+        onnx.save(doubled(), path, save_as_external_data=True, location="net.onnx.data", size_threshold=0)
+        assert fix_onnx(path, in_place=True).changes
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
 
     def test_nothing_is_written_where_the_checker_refuses(self, tmp_path: Path) -> None:
         model = doubled()
