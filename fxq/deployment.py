@@ -13,7 +13,7 @@ from .export_checks import check_exportable, islands_of, warn_of_types
 from .graph import state
 from .recipe import Match
 from .target import Target
-from .tracer import DynamicShapes
+from .tracing import DynamicShapes
 
 if TYPE_CHECKING:
     from .backends.onnx_fix import Fixed

@@ -16,14 +16,13 @@ from .arguments import example_arguments
 from .batches import each_batch, model_inputs, moved
 from .errors import CalibrationError, ConvertError, RecipeError, TraceError
 from .graph import device_of, remember, state
-from .leaves import Leaf
 from .manager import PassManager, Pipeline
 from .passes import CONVERT, PREPARE, PREPARE_QAT, FuseBatchNorm, RestoreTraining
 from .recipe import Recipe
 from .scale_policy import POLICIES, ScalePolicy
 from .scales import calibrate
 from .target import Target
-from .tracer import DynamicShapes, trace_model
+from .tracing import DynamicShapes, Leaf, trace_model
 
 __all__ = [
     "convert",

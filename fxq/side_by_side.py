@@ -25,7 +25,7 @@ from .passes import PREPARE
 from .qdq import DEQUANTIZE, QUANTIZE
 from .sqnr import ErrorSums
 from .stepping import Ahead, Stepper, quantizing, require_solved
-from .tracer import trace_model
+from .tracing import trace_model
 from .verify import is_dequantized, is_quantizer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from toys import basic_net, image, seeded, traced
 import fxq
 from fxq.errors import FxqError
 from fxq.graph import origin
-from fxq.traced_module import TracedModule
+from fxq.tracing.traced_module import TracedModule
 
 NAMES = ("graph", "code", "meta", "lambda", "class", "recompile")
 

@@ -32,7 +32,7 @@ from fxq.arguments import example_arguments
 from fxq.errors import TraceError
 from fxq.graph import origin, state, tensor_info
 from fxq.passes import Canonicalize, DropIdentities, ExpandModules, Functionalize
-from fxq.recorder import user_frame
+from fxq.tracing.recorder import user_frame
 
 NORMALIZE = (Functionalize(), ExpandModules(), Canonicalize(), DropIdentities())
 

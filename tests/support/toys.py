@@ -21,7 +21,7 @@ from fxq.manager import PassManager, Pipeline
 from fxq.passbase import Pass
 from fxq.recipe import Recipe
 from fxq.target import Target
-from fxq.tracer import trace_model
+from fxq.tracing import trace_model
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

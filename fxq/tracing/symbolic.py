@@ -28,10 +28,10 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from .errors import TraceError
-from .graph import attribute, origin
-from .guards import Guard
-from .shapes import thawed
+from ..errors import TraceError
+from ..graph import attribute, origin
+from ..guards import Guard
+from ..shapes import thawed
 from .sizes import Abbreviations, ExampleEnv
 
 __all__ = ["Example", "SymbolicRun", "ValueDependentError", "depends_on_sizes"]

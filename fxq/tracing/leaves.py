@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.fx._symbolic_trace import _wrapped_fns_to_patch  # fx tells nobody else what was marked
 
-from .errors import TraceError
+from ..errors import TraceError
 from .proxies import LIBRARIES
 
 __all__ = ["Function", "Leaf", "Leaves", "wrapped", "wrapped_functions"]

@@ -15,10 +15,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import TraceError
-from .forward_code import ForwardCode
-from .graph import ORIGIN, Origin
-from .guards import Guard
+from ..errors import TraceError
+from ..forward_code import ForwardCode
+from ..graph import ORIGIN, Origin
+from ..guards import Guard
 from .leaves import Function, wrapped, wrapped_functions
 from .patches import questions, stored_tensors
 from .proxies import INPLACE_OPERATORS, LIBRARIES, WAYS_OUT, StoredProxy, TensorProxy

@@ -20,18 +20,18 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from .arguments import bind_arguments, has_tensor, kept_arguments
-from .errors import FxqError, TraceError
-from .forward_code import ForwardCode
-from .graph import Note, State, attribute, origin, set_state
+from ..arguments import bind_arguments, has_tensor, kept_arguments
+from ..errors import FxqError, TraceError
+from ..forward_code import ForwardCode
+from ..graph import Note, State, attribute, origin, set_state
+from ..ops import WEIGHTED_MODULES
+from ..recipe import Recipe
+from ..shapes import propagate_shapes
+from ..target import Target
 from .leaves import Function, Leaf, Leaves
-from .ops import WEIGHTED_MODULES
 from .proxies import WAYS_OUT
-from .recipe import Recipe
 from .recorder import Recorder, user_frame
-from .shapes import propagate_shapes
 from .symbolic import Example, SymbolicRun, ValueDependentError
-from .target import Target
 from .traced_module import TracedModule, free_names
 
 __all__ = ["DynamicShapes", "trace_model", "weighted_leaves"]

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import fx, nn
 
-from .errors import FxqError
-from .graph import origin, tensor_info
+from ..errors import FxqError
+from ..graph import origin, tensor_info
 
 __all__ = ["TracedModule", "free_names"]
 

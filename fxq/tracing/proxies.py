@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import fx
 
-from .errors import TraceError
+from ..errors import TraceError
 
 __all__ = ["INPLACE_OPERATORS", "LIBRARIES", "WAYS_OUT", "AttributeProxy", "StoredProxy", "TensorProxy"]
 
@@ -26,10 +26,11 @@ WAYS_OUT: Final = (
     "concrete_args={name: value}, or keep the module whole with leaf_modules=[its type or path] or "
     'on_untraceable="leaf"'
 )
+_FXQ: Final = Path(__file__).parent.parent
 LIBRARIES: Final = (
     f"{Path(torch.__file__).parent}/",
-    f"{Path(__file__).parent}/",
-    f"{Path(__file__).parent.parent}/passes/",
+    f"{_FXQ}/",
+    f"{_FXQ.parent}/passes/",
 )
 """Where code is that is not the user's."""
 _OWN_ATTRIBUTES: Final = frozenset(("tracer", "node", "root", "attr", "_node", "param", "name"))
@@ -39,8 +40,8 @@ _PLAIN_ATTRIBUTES: Final = frozenset(("ndim", "is_cuda", "is_sparse", "is_quanti
 class TensorProxy(fx.Proxy):
     """A Proxy that records in-place operators and item assignment, and answers what its tracer can tell.
 
-    Its tracer decides (:meth:`fxq.tracer._Tracer.decide`): sizes, types and lengths have an answer, the data of a
-    tensor has none.
+    Its tracer decides (:meth:`fxq.tracing.recorder.Recorder.decide`): sizes, types and lengths have an answer, the data
+    of a tensor has none.
     """
 
     tracer: Any
