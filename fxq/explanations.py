@@ -159,14 +159,30 @@ def _of_node(gm: fx.GraphModule, node: fx.Node, target: Target, notes: list[Note
     """What placement decided on the edges of `node`, and what it passed over."""
     decided = {row.edge: row for row in edge_rows(gm, node)}
     for key, read in expected_edges(gm, node, target):
-        if key not in decided:
-            tensor = read_tensor(read)
+        tensor = read_tensor(read)
+        stored = _stored(gm, tensor, target) if kind_name(node) in target.norms.kinds else None
+        if key not in decided and stored is not None:
+            reason = f"the kernel of {stored.tensor} writes INT8, and this operation reads it: it gives INT8 itself"
+            yield _reason(node, dataclasses.replace(stored, edge=key, role="input", tensor=tensor.name, reason=reason))
+        elif key not in decided:
             rule, reason, miss = passed_over(node, tensor, target, notes)
             yield _reason(node, _float_row(key, tensor, rule, reason), miss)
         else:
             yield _reason(node, decided.pop(key))
     for row in decided.values():
         yield _reason(node, row)
+
+
+def _stored(gm: fx.GraphModule, tensor: fx.Node, target: Target) -> EdgeRow | None:
+    """The result that a tensor is, or only moves, if it is quantized for the normalization behind it (R38)."""
+    here = tensor
+    while kind_name(here) in target.ties and here.args and isinstance(here.args[0], fx.Node):
+        here = read_tensor(here.args[0])
+    if kind_name(here) not in target.norms.behind:
+        return None
+    return next(
+        (row for row in edge_rows(gm, here) if row.edge == "output" and row.quantized and row.rule == "R38"), None
+    )
 
 
 def _float_row(edge: int | str, tensor: fx.Node, rule: str, reason: str) -> EdgeRow:

@@ -12,6 +12,7 @@ from placing import MAX, Lambda, activation_quantizers, before, check_pass, deci
 from torch import Tensor, nn
 from toys import image, seeded
 
+import fxq
 from fxq.passes.quantize_norms import QuantizeNorms
 from fxq.recipe import EdgeSpecs, QSpec, Recipe, Rule
 from fxq.target import Target
@@ -81,6 +82,20 @@ def activated(m: Any, x: Tensor) -> Any:
 
 def no_convolution(m: Any, x: Tensor) -> Any:
     return m.b(m.norm(m.b(x.permute(0, 2, 3, 1))))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_norm_is_said_to_read_what_the_convolution_writes(converted: bool) -> None:
+    x = image(*X)
+    gm = fxq.prepare(model(plain), x)
+    if converted:
+        fxq.calibrate(gm, [x], progress=False)
+        gm = fxq.convert(gm)
+    (edge,) = [e for e in fxq.explain(gm) if e.kind == "layer_norm"]
+    assert (edge.quantized, edge.role, edge.tensor, edge.rule) == (True, "input", "permute", "R38")
+    assert edge.reason == "the kernel of a writes INT8, and this operation reads it: it gives INT8 itself"
+    (edge,) = [e for e in fxq.explain(prepared(model(float_behind), x)) if e.kind == "layer_norm"]
+    assert not edge.quantized
 
 
 @pytest.mark.parametrize("function", [read_twice, float_behind, activated, no_convolution])
