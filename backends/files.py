@@ -7,7 +7,23 @@ import tempfile
 from os import PathLike
 from pathlib import Path
 
-__all__ = ["write_whole"]
+from ..errors import FxqError
+
+__all__ = ["check_target", "write_whole"]
+
+
+def check_target(target: str | PathLike[str], *sources: str | PathLike[str] | None) -> None:
+    """See before the work that a result may go to ``target``: no folder, and none of the files that are read.
+
+    Raises:
+        FxqError: It may not; nothing was written.
+    """
+    path = Path(target)
+    if path.is_dir():
+        raise FxqError(f"{target} is a folder", hint="name a file in it")
+    for source in sources:
+        if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+            raise FxqError(f"{target} is a file that is read here: the result would replace it", hint="name another")
 
 
 def write_whole(path: str | PathLike[str], data: bytes | memoryview) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ExportError, FxqError
 from ..findings import Findings
-from .files import write_whole
+from .files import check_target, write_whole
 from .onnx_edit import OnnxEdit
 from .onnx_files import write_model
 from .onnx_fixes import EXACT, Fix
@@ -112,6 +112,7 @@ def fix_onnx(
     target = source if in_place else Path(output or source.with_name(f"{source.stem}.fixed{source.suffix}"))
     if not in_place and _same_file(source, target):
         raise FxqError(f"{target} is the file that is to be fixed", hint="ask for in_place (--in-place)")
+    check_target(target)
     model, beside = _whole_model(source)
     changes = fix_model(model, rounding=rounding, rules=rules)
     left = lint_onnx(model if changes else source)

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import BuildError
-from .files import write_whole
+from .files import check_target, write_whole
 from .onnx_names import not_for_tensorrt
 from .trt_api import Library, Platform, fxq_version, load_library, this_platform
 from .trt_callbacks import BuildLog, capturing, progress_monitor, tensorrt_logger
@@ -79,8 +79,13 @@ def build(
         BuildError: The file is missing or TensorRT refuses it, or an option. The message has every reason that
             TensorRT gives and, where the file was exported by fxq, FX node, module path and source line of the
             nodes at fault.
+        FxqError: The engine, the log or the timing cache would replace the ONNX file, or a folder.
         MissingDependencyError: ``tensorrt`` is not installed, or older than 10.12.
     """
+    given = None if isinstance(onnx_path, bytes) else onnx_path
+    for written in (engine_path, verbose_log, timing_cache):
+        if written is not None:
+            check_target(written, given)
     source = OnnxSource.read(onnx_path)
     _check_family(source)
     trt = load_library(library, purpose="building an engine")

@@ -91,14 +91,14 @@ def report(
         if form is ReportFormat.HTML:
             raise FxqError("a prediction has no HTML", hint="add --engine, or use --format text or json")
         prediction = fxq.predict(path, library=library.value)
-        give(json.dumps(prediction.to_dict(), indent=1) if form is ReportFormat.JSON else str(prediction), output)
+        give(json.dumps(prediction.to_dict(), indent=1) if form is ReportFormat.JSON else str(prediction), output, path)
         return
     found = fxq.engine_report(fxq.load_engine(engine) if is_engine(engine) else engine, path)
     if form is ReportFormat.JSON:
         text = json.dumps(found.to_dict(), indent=1)
     else:
         text = found.html() if form is ReportFormat.HTML else found.text()
-    give(text, output)
+    give(text, output, path, engine)
     if found.findings.warnings or found.findings.errors:
         raise typer.Exit(FOUND)
 

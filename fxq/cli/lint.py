@@ -60,7 +60,7 @@ def lint(
         raise FxqError("--in-place says where a fixed file goes, and nothing is to be fixed", hint="add --fix")
     else:
         found = fxq.lint(path, target=target)
-        give(_in_form(found, path, form), output)
+        give(_in_form(found, path, form), output, path)
     if found.errors or (strict and found.warnings):
         raise typer.Exit(FOUND)
 

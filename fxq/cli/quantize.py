@@ -202,6 +202,7 @@ def quantize(
 
     shapes = _dynamic_shapes(dynamic or [], static=static)
     images = None
+    _check_written(output, report, weights, recipe)
     if size is not None:
         images = _preprocessing(size, resize, mean, std, layout, crop=crop)
     rules = Recipe.from_yaml(recipe) if recipe is not None else None
@@ -227,6 +228,19 @@ def quantize(
     if not unquantized:
         give(str(fxq.report(quantized)), report)
     typer.echo(f"wrote {path}")
+
+
+def _check_written(output: Path, report: Path | None, *sources: str | Path | None) -> None:
+    """See before the work that its results have a place."""
+    from ..backends.files import check_target
+
+    check_target(output, *sources)
+    if not output.parent.is_dir():
+        raise FxqError(f"there is no folder {output.parent}", hint="make it first")
+    if report is not None:
+        check_target(report, *sources)
+        if report.resolve() == output.resolve():
+            raise FxqError(f"{report} is to hold both the network and the report", hint="name two files")
 
 
 def _batches(data: str | None, random: str | None, size: int, images: Preprocessing | None, count: int) -> Any:

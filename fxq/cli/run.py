@@ -120,8 +120,11 @@ def run(
         raise FxqError("there is nothing to compare with", hint="add --compare net.py:build, or --compare float.onnx")
     import torch
 
+    from ..backends.files import check_target
     from .runners import Reference, runner_of
 
+    if output is not None:
+        check_target(output, path, inputs, weights_from)
     runner = runner_of(path, threads=threads, optimize=optimize, cuda_graph=cuda_graph, weights_from=weights_from)
     reference = None if compare is None else Reference.of(compare, weights, runner)
     typer.echo(runner.describe())

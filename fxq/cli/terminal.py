@@ -48,12 +48,13 @@ def reported(function: F) -> F:
     return run  # type: ignore[return-value] # the same signature, through functools.wraps
 
 
-def give(text: str, output: Path | None) -> None:
-    """Print a text, or write it to a file, whole or not at all."""
+def give(text: str, output: Path | None, *sources: Path | None) -> None:
+    """Print a text, or write it to a file, whole or not at all; never over one of the files that it speaks of."""
     if output is None:
         typer.echo(text)
         return
-    from ..backends.files import write_whole
+    from ..backends.files import check_target, write_whole
 
+    check_target(output, *sources)
     write_whole(output, f"{text}\n".encode())
     typer.echo(f"wrote {output}", err=True)

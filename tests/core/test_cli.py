@@ -385,6 +385,20 @@ ERRORS = {
     "no engine": (("run", "gone.engine"), "there is no engine file gone.engine"),
     "no engine to report": (("report", "good.onnx", "--engine", "gone.engine"), "there is no engine file gone.engine"),
     "another reference": (("run", "good.onnx", "--compare", "gone.py:build"), "there is no file gone.py"),
+    "findings over the model": (("lint", "good.onnx", "-o", "good.onnx"), "good.onnx is a file that is read here"),
+    "kernels over the model": (("report", "good.onnx", "-o", "good.onnx"), "good.onnx is a file that is read here"),
+    "an engine over the model": (("build", "good.onnx", "good.onnx"), "good.onnx is a file that is read here"),
+    "a log over the model": (("build", "good.onnx", "x.engine", "--log", "good.onnx"), "good.onnx is a file"),
+    "an engine over a folder": (("build", "good.onnx", "."), ". is a folder"),
+    "findings over a folder": (("lint", "good.onnx", "-o", "."), ". is a folder"),
+    "a fixed file over a folder": (("lint", "good.onnx", "--fix", "-o", "."), ". is a folder"),
+    "outputs over the model": (("run", "good.onnx", "-o", "good.onnx"), "good.onnx is a file that is read here"),
+    "a network over a folder": (("quantize", "net.py:build", ".", "--random", "1x3x12x12"), ". is a folder"),
+    "no folder": (("quantize", "net.py:build", "gone/x.onnx", "--random", "1x3x12x12"), "there is no folder gone"),
+    "report and network in one": (
+        ("quantize", "net.py:build", "x.onnx", "--random", "1x3x12x12", "--report", "x.onnx"),
+        "both the network and the report",
+    ),
     "nothing to run": (("run", "gone.onnx"), "there is no file gone.onnx"),
 }
 
@@ -398,6 +412,7 @@ def test_errors_are_a_sentence_and_a_next_step(name: str) -> None:
     assert message in done.stderr
     assert "Traceback" not in done.output
     assert not Path("x.onnx").exists()
+    assert not lint_onnx("good.onnx"), "the given model is as it was"
 
 
 @pytest.mark.gpu
