@@ -3,14 +3,15 @@
     FXQ_DATA=DIR python benchmarks/onnxruntime_cpu.py
 
 Every tool quantizes the same float network for ONNX Runtime's CPU provider, on the same calibration images. One ONNX
-Runtime then runs all files, one after the other in every round, so that they see the same machine: the ratio is the
-median time of a file over the median time of the float file. What each file became in ONNX Runtime, by operator, is
-printed with --operators.
+Runtime then runs all files once in every round, so that they see the same machine, and in an order drawn anew, for a
+file is slower behind one that has filled the caches: the ratio is the median time of a file over the median time of the
+float file. What each file became in ONNX Runtime, by operator, is printed with --operators.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -64,17 +65,19 @@ def session(path: Path, threads: int, optimized: Path | None = None) -> ort.Infe
 
 
 def measure(files: dict[str, Path], images: np.ndarray, threads: int, seconds: float) -> tuple[dict[str, float], int]:
-    """Median milliseconds of each file, run in turn for about `seconds`, at least 5 rounds and at most 1,000."""
+    """Median milliseconds of each file, run in turns for about `seconds`, at least 5 rounds and at most 1,000."""
     sessions = {name: session(path, threads) for name, path in files.items()}
     times: dict[str, list[float]] = {name: [] for name in sessions}
     feeds = {name: {one.get_inputs()[0].name: images} for name, one in sessions.items()}
     for name, one in sessions.items():  # the first run allocates
         one.run(None, feeds[name])
     end, rounds = time.perf_counter() + seconds, 0
+    order, draw = list(sessions), random.Random(0)
     while rounds < 5 or (rounds < 1000 and time.perf_counter() < end):
-        for name, one in sessions.items():
+        draw.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            one.run(None, feeds[name])
+            sessions[name].run(None, feeds[name])
             times[name].append(1e3 * (time.perf_counter() - start))
         rounds += 1
     return {name: statistics.median(kept) for name, kept in times.items()}, rounds
