@@ -51,7 +51,7 @@ def trace(
         model: Any module that torch.fx can follow; it is copied, in eval mode, and not changed.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
         example_kwargs: More inputs by name.
-        target: ``"tensorrt"``, ``"tensorrt-fast"``, a target file, or a Target.
+        target: ``"tensorrt"``, ``"tensorrt-fast"``, ``"onnxruntime"``, a target file, or a Target.
         recipe: What to quantize beyond the target's defaults.
         leaf_modules: Module types or paths that stay whole, and functions marked with ``torch.fx.wrap``, or their
             names: others are traced through where their decisions depend on shapes alone.
@@ -108,7 +108,7 @@ def prepare(
         model: The float model; not changed. On a GPU, the result is there too.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
         recipe: Rules that change the target's placement; None for none.
-        target: ``"tensorrt"`` (default), ``"tensorrt-fast"``, a target file, or a Target.
+        target: ``"tensorrt"`` (default), ``"tensorrt-fast"``, ``"onnxruntime"``, a target file, or a Target.
         pipeline: What to run instead of :data:`fxq.passes.PREPARE`.
         tracing: What else :func:`trace` takes: ``example_kwargs``, ``leaf_modules``, ``concrete_args``,
             ``dynamic_shapes`` and ``on_untraceable``.
@@ -144,7 +144,7 @@ def prepare_qat(
         model: The float model; not changed. Parameters that need no gradient in it need none in the result.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of inputs by name.
         recipe: Rules that change the target's placement; None for none.
-        target: ``"tensorrt"`` (default), ``"tensorrt-fast"``, a target file, or a Target.
+        target: ``"tensorrt"`` (default), ``"tensorrt-fast"``, ``"onnxruntime"``, a target file, or a Target.
         scales: What moves the scales: a name in :data:`fxq.qat.POLICIES` or a :class:`fxq.qat.ScalePolicy`.
             ``"fixed"`` (default) needs :func:`calibrate` or :func:`fxq.qat.load_scales` before training; the others
             begin by themselves, and better after either.
@@ -218,7 +218,7 @@ def quantize(
         model: The float model; not changed.
         batches: Calibration data; its first batch serves as the example too.
         recipe: Rules that change the target's placement.
-        target: ``"tensorrt"``, ``"tensorrt-fast"``, a target file, or a Target.
+        target: ``"tensorrt"``, ``"tensorrt-fast"``, ``"onnxruntime"``, a target file, or a Target.
         max_batches: Stop calibration after so many.
         progress: Show a progress bar if stderr is a terminal.
         tracing: What else :func:`trace` takes: ``leaf_modules``, ``concrete_args``, ``dynamic_shapes`` and

@@ -114,8 +114,9 @@ def operations(gm: fx.GraphModule) -> Iterator[OpRow]:
         decided = [e for e in edges if e.role != "output"]
         skips = [e.edge for e in read if isinstance(e.edge, int) and e.role == "skip"]
         whole = bool(read) and (len(read) == len(decided) or not weighted)
-        if not decided and kind in held.target.absorbs:
-            whole, read = True, [e for e in edges if e.quantized]
+        given = [e for e in edges if e.role == "output" and e.quantized]
+        if given and not read and kind in held.target.absorbs:
+            whole, read = True, given
         yield OpRow(
             node=node.name,
             kind=kind,

@@ -124,7 +124,8 @@ class Target:
         """A target by the name of one of fxq's own, or from a YAML file.
 
         Args:
-            name: ``"tensorrt"``, ``"tensorrt-fast"``, a path that ends in ``.yaml``, or a Target.
+            name: ``"tensorrt"``, ``"tensorrt-fast"``, ``"onnxruntime"``, ``"onnxruntime-avx2"``, a path that ends in
+                ``.yaml``, or a Target.
             version: The backend's version, as for :meth:`at`.
             compute_capability: The GPU's compute capability, as for :meth:`at`.
 

@@ -72,6 +72,11 @@ def test_golden_and_the_same_integers() -> None:
     gm = converted(model(F.hardswish))
     result = check_pass(WriteClampedSums(), gm, "passes/write_clamped_sums")
     assert [n.name for n in of_kind(result.graph_module, "clamp")] == ["hardswish_gate"]
+    assert {row.kind: row.precision for row in fxq.report(result.graph_module).rows if not row.weighted} == {
+        "add": "uint8",
+        "clamp": "uint8",
+        "mul": "uint8",
+    }
     with torch.no_grad():
         x = image(*X, seed=9)
         values = [_integers(g, x, "hardswish_gate_quantize") for g in (gm, result.graph_module)]
