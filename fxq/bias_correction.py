@@ -20,17 +20,28 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .batches import Inputs
-from .graph import device_of, tensor_info
+from .graph import constant, device_of, tensor_info
 from .ops import kind_name
 from .qdq import fake_quantize
 from .quantizer import submodule_name
 from .stepping import Stepper, Values
 from .verify import quantizer_of
 
-__all__ = ["CORRECTIONS", "Sampler", "correct_biases", "store_corrections"]
+__all__ = [
+    "BIAS",
+    "CORRECTIONS",
+    "Sampler",
+    "correct_biases",
+    "has_quantized_weight",
+    "has_stored_bias",
+    "store_corrections",
+]
 
 CORRECTIONS: Final = "bias_corrections"
 """Module of a prepared graph that holds a buffer for each operation whose bias is to be corrected."""
+
+BIAS: Final = 2
+"""Where the normalized call of a weighted operation has its bias."""
 
 _CHANNEL: Final = {"linear": -1} | {f"conv{n}d": 1 for n in (1, 2, 3)} | {f"conv_transpose{n}d": 1 for n in (1, 2, 3)}
 _BUDGET: Final = 1 << 28  # bytes that the largest tensor of the kept samples may take
@@ -91,7 +102,8 @@ def correct_biases(gm: fx.GraphModule, batches: Sequence[Inputs]) -> dict[str, T
         batches: Inputs on the graph's device; all their activations between two layers are held at once.
 
     Returns:
-        Node name to what its bias gains, float32 [out channels]. Operations whose weight is float have none.
+        Node name to what its bias gains, float32 [out channels]. Operations whose weight is float, or whose bias is
+        computed in the graph, have none, and the layers behind them are corrected for what they then give.
     """
     stepper = Stepper(gm, lambda _: False)
     last = {source: node for node in stepper.nodes for source in node.all_input_nodes}
@@ -103,8 +115,8 @@ def correct_biases(gm: fx.GraphModule, batches: Sequence[Inputs]) -> dict[str, T
             break
         if node.op != "placeholder":
             _evaluate(stepper, node, real, rounded)
-        channel = _CHANNEL.get(kind_name(node))
-        if channel is not None and _has_quantized_weight(node):
+        if has_quantized_weight(node) and has_stored_bias(node):
+            channel = _CHANNEL[kind_name(node)]
             correction = _mean_error([v[node] for v in real], [v[node] for v in rounded], channel)
             if correction is not None:
                 found[node.name] = correction
@@ -135,7 +147,20 @@ def _evaluate(stepper: Stepper, node: fx.Node, real: Sequence[Values], rounded: 
             quantized[node] = stepper.value(node, quantized)
 
 
-def _has_quantized_weight(node: fx.Node) -> bool:
+def has_stored_bias(node: fx.Node) -> bool:
+    """Whether a bias is stored, or there is none: one that is computed in the graph is not corrected.
+
+    What computes it may hold a channel at a value that later operations count on: cosine attention's keys have a bias
+    of 0, so that what is padded with zeros stays 0 when it is normalized.
+    """
+    bias = node.args[BIAS]
+    return bias is None or constant(bias) is not None
+
+
+def has_quantized_weight(node: fx.Node) -> bool:
+    """Whether a node is a linear layer or a convolution whose weight a quantizer rounds."""
+    if kind_name(node) not in _CHANNEL:
+        return False
     quantizer = quantizer_of(node.args[1]) if isinstance(node.args[1], fx.Node) else None
     return quantizer is not None and quantizer.weight
 

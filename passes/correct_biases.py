@@ -8,15 +8,13 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from ..bias_correction import CORRECTIONS
+from ..bias_correction import BIAS, CORRECTIONS, has_quantized_weight, has_stored_bias
 from ..editor import Editor
 from ..graph import constant
 from ..passbase import Numeric, Pass
 from ..quantizer import submodule_name
 
 __all__ = ["CorrectBiases"]
-
-_BIAS = 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class CorrectBiases(Pass):
     Rewrite: the bias of each operation that has a correction becomes their sum, at its old path unless others
     read it; an operation without a bias gets one.
 
-    Declines: a bias that is computed in the graph.
+    Declines: a bias that is computed in the graph; calibration measures none for it either, so that the layers behind
+    it are corrected for what it gives.
     """
 
     name: ClassVar[str] = "correct-biases"
@@ -37,19 +36,20 @@ class CorrectBiases(Pass):
         holder = getattr(editor.gm, CORRECTIONS, None)
         if holder is None:
             return
-        by_name = {submodule_name(node.name): node for node in editor.graph.nodes}
-        for name, correction in list(holder.named_buffers()):
-            if name in by_name and bool(correction.any()):
-                self._correct(editor, by_name[name], correction)
+        corrections = {name: c for name, c in holder.named_buffers() if bool(c.any())}
+        if not corrections:
+            return
+        for node in list(editor.graph.nodes):
+            if has_quantized_weight(node) and not has_stored_bias(node):
+                editor.note(node, "correct-biases", "its bias is computed in the graph, so it is not corrected")
+            elif (found := corrections.get(submodule_name(node.name))) is not None and has_stored_bias(node):
+                self._correct(editor, node, found)
 
     @staticmethod
     @torch.no_grad()
     def _correct(editor: Editor, node: fx.Node, correction: torch.Tensor) -> None:
-        bias, weight = node.args[_BIAS], node.args[1]
+        bias, weight = node.args[BIAS], node.args[1]
         old = constant(bias)
-        if bias is not None and old is None:
-            editor.note(node, "correct-biases", "its bias is computed in the graph, so it is not corrected")
-            return
         new = correction if old is None else old + correction.to(old.dtype)
         parameter = nn.Parameter(new.clone(), requires_grad=False)
         if isinstance(bias, fx.Node) and len(bias.users) == 1 and _only_reader(editor, bias):
@@ -58,7 +58,7 @@ class CorrectBiases(Pass):
         path = editor.free_path(_beside(weight))
         editor.set_tensor(path, parameter)
         with editor.before(node):
-            editor.set_arg(node, _BIAS, editor.get_attr(path, like=node))
+            editor.set_arg(node, BIAS, editor.get_attr(path, like=node))
 
 
 def _only_reader(editor: Editor, bias: fx.Node) -> bool:

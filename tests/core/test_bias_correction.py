@@ -6,11 +6,13 @@ import pytest
 import torch
 from networks import sqnr_db
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from toys import basic_net, bottleneck_net, image, seeded
 
 import fxq
 from fxq.batches import Inputs
 from fxq.bias_correction import CORRECTIONS, Sampler, correct_biases
+from fxq.graph import state
 from fxq.quantizer import Mode, quantizers
 
 
@@ -85,6 +87,40 @@ def test_float_layers_are_left_alone() -> None:
     names = {name for name, _ in getattr(prepared, CORRECTIONS).named_buffers()}
     assert "fc" not in names
     assert "blocks_0_bn1" in names
+
+
+class CosineAttention(nn.Module):
+    """Keys whose bias is held at 0 and that are normalized, over tokens of which the last ones are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(16, 32), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.layer.bias.clone()
+        bias[:16].zero_()
+        both = F.linear(F.pad(x, (0, 0, 0, 12)), self.layer.weight, bias)
+        keys, values = F.normalize(both[..., :16], dim=-1), both[..., 16:]
+        return self.last(keys + values)
+
+
+def test_a_bias_that_is_computed_is_not_corrected_nor_taken_for_corrected() -> None:
+    """The layers behind it are corrected for what it gives, not for what a correction would make of it."""
+    model = seeded(CosineAttention)
+    x, fresh = torch.rand(64, 4, 16), torch.rand(64, 4, 16)
+    prepared = calibrated(model, x)
+    plain = fxq.convert(prepared)
+    fxq.calibrate(prepared, x.split(8), progress=False)
+    assert set(dict(getattr(prepared, CORRECTIONS).named_buffers())) <= {"last"}
+    corrected = fxq.convert(prepared)
+    assert [n.text for n in state(corrected).notes if n.rule == "correct-biases"] == [
+        "its bias is computed in the graph, so it is not corrected"
+    ]
+    with torch.inference_mode():
+        reference = model(fresh)
+        assert sqnr_db(reference, corrected(fresh)) > sqnr_db(reference, plain(fresh)) - 0.1
+        padded = (reference - corrected(fresh))[:, 4:]
+    assert float(padded.abs().max()) < 0.02
 
 
 def test_the_sampler_hands_everything_through_and_keeps_what_fits() -> None:
