@@ -237,7 +237,8 @@ def in_front_of_relu(graph: OnnxGraph) -> Iterator[Fix]:
         if quant is None or relu is None or relu.op != "Relu" or quant.tensor in graph.fixed:
             continue
         alone = _sole_reader(graph, quant.output) is not None and _equal(quant, dq) and _zeros(quant) == {0.0}
-        if alone and quant.saturates and _wants_int8(graph, relu, quant):
+        whole = graph.dtype(quant.tensor) == "int32"  # which Q takes, and Relu not before opset 14
+        if alone and not whole and quant.saturates and _wants_int8(graph, relu, quant):
             what = f"moved Q/DQ behind {relu.name}"
             yield Fix(("R21", "R38"), (dq.node.name,), what, partial(_move_behind, quant, dq, relu))
 

@@ -126,6 +126,12 @@ def doubled_with(attribute: str) -> onnx.ModelProto:
     return net.model(*(net.conv(pair, f"conv_{pair}") for pair in pairs), opset=19 if attribute == "saturate" else 23)
 
 
+def integers_in_front_of_relu() -> onnx.ModelProto:
+    net = Net()
+    pair = net.qdq(net.op("Cast", ["x"], "whole", to=onnx.TensorProto.INT32))
+    return net.model(net.conv(net.op("Relu", [pair], "active"), "conv"), opset=13)
+
+
 def wide_requantized() -> onnx.ModelProto:
     """INT16 through float16, which does not have all of its integers."""
     net = Net()
@@ -168,6 +174,7 @@ DECLINED: dict[str, Make] = {
     "saturating and not": lambda: doubled_with("saturate"),
     "two precisions": lambda: doubled_with("precision"),
     "INT16 in float16": wide_requantized,
+    "INT32 in front of Relu": integers_in_front_of_relu,
 }
 
 
