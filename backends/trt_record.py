@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -195,9 +194,6 @@ class EngineCache:
 
     def keep(self, engine: Path, record: BuildRecord) -> None:
         """Put a built engine into the cache."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         held = self.folder / f"{record.key}.engine"
-        part = held.with_suffix(".part")
-        shutil.copyfile(engine, part)
-        part.replace(held)
+        write_whole(held, engine.read_bytes())
         record.write(held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from fxq.backends.trt_engine import Engine
 from fxq.backends.trt_loading import give_weights
 from fxq.backends.trt_options import BuildOptions, _set_hardware, configure
 from fxq.backends.trt_parse import _Origin
-from fxq.backends.trt_record import BuildRecord, record_path
+from fxq.backends.trt_record import BuildRecord, EngineCache, record_path, sha256
 from fxq.errors import BuildError, EngineError, MissingDependencyError
 
 MODEL = residual_model(1).SerializeToString()
@@ -361,6 +362,16 @@ class TestCache:
         again = build(MODEL, tmp_path / "a.engine", cache=cache)
         assert again.nbytes > 10_000
         assert held.read_bytes() == again.path.read_bytes()
+
+    def test_several_keep_the_same_engine_at_once(self, tmp_path: Path) -> None:
+        engine = tmp_path / "net.engine"
+        engine.write_bytes(bytes(1 << 20))
+        record = dataclasses.replace(RECORD, key="same", engine_sha256=sha256(engine))
+        cache = EngineCache(tmp_path / "kept")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: cache.keep(engine, record), range(40)))
+        assert cache.take("same", tmp_path / "again.engine") == record
+        assert sorted(path.suffix for path in cache.folder.iterdir()) == [".engine", ".json"]
 
     def test_who_wants_a_log_gets_a_build(self, tmp_path: Path) -> None:
         build(MODEL, tmp_path / "a.engine", cache=tmp_path / "kept")
