@@ -67,6 +67,7 @@ class Origin:
         call: True if the node is the whole of that module's own call (as ``layer1.0.conv1`` is of its
             Conv2d).
         leaf: True if the user asked for that module to stay whole.
+        function: The outermost function marked with torch.fx.wrap that was traced through to get there; "" for none.
     """
 
     module_path: str = ""
@@ -75,6 +76,7 @@ class Origin:
     code: str = ""
     call: bool = False
     leaf: bool = False
+    function: str = ""
 
     @property
     def module_type(self) -> type[torch.nn.Module] | None:

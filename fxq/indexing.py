@@ -12,14 +12,17 @@ from torch import fx
 
 from .editor import Editor
 from .errors import FxqError, TraceError
-from .graph import TensorInfo, error_at, tensor_info
+from .graph import TensorInfo, error_at, origin, tensor_info
 
 __all__ = ["Index", "fit", "parse_index", "put_items", "refuse", "set_item"]
 
 
 def refuse(node: fx.Node, why: str) -> FxqError:
-    """The error for a write that cannot be rewritten."""
-    return error_at(TraceError, f"{node.name} {why}", node, "write that line without changing a tensor in place")
+    """The error for a write that cannot be rewritten; a function that was traced through may stay whole instead."""
+    hint, function = "write that line without changing a tensor in place", origin(node).function
+    if function:
+        hint += f", or keep {function} whole with leaf_modules=[{function!r}]"
+    return error_at(TraceError, f"{node.name} {why}", node, hint)
 
 
 @dataclass

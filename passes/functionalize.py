@@ -41,7 +41,8 @@ class Functionalize(Pass):
     stands for the argument.
 
     Declines: nothing. A write that it cannot rewrite (through ``expand``, ``out=``, inside a leaf module, to
-    the model's own parameters and buffers) is a TraceError with the user's line. Inputs of the model that
+    the model's own parameters and buffers) is a TraceError with the user's line, which names the function to
+    keep whole where torch.fx.wrap had marked one. Inputs of the model that
     were changed in place no longer are.
     """
 
@@ -72,8 +73,9 @@ def _tidy(editor: Editor, node: fx.Node) -> bool:
         editor.replace(node, node.args[0])  # type: ignore[arg-type]
         editor.erase(node)
         return True
-    if inplace_target(node) is not None or inplace_argument(node) is not None:
-        make_pure(editor, node)
+    pure = inplace_target(node)
+    if (pure is not None or inplace_argument(node) is not None) and not make_pure(editor, node) and pure is not None:
+        raise refuse(node, "changes its input in a way that cannot be rewritten")
     return False
 
 

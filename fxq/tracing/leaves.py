@@ -107,8 +107,8 @@ def wrapped_functions(tracer: Any) -> Iterator[None]:
     answer here.
 
     Args:
-        tracer: Knows the functions (``wrapped``) and which of them stay whole (``whole``), and is told where tracing
-            stops (``stopped_in``).
+        tracer: Knows the functions (``wrapped``) and which of them stay whole (``whole``), and is told which of them
+            it is in (``inside``, outermost first) and where tracing stops (``stopped_in``).
     """
     patched = [(names, name, names[name]) for names, name, _ in tracer.wrapped]
     try:
@@ -125,10 +125,13 @@ def _traced_through(tracer: Any, function: Function, recorded: Function) -> Func
     def call(*args: Any, **kwargs: Any) -> Any:
         if function in tracer.whole:
             return recorded(*args, **kwargs)
+        tracer.inside.append(function)
         try:
             return function(*args, **kwargs)
         except Exception:
             tracer.stopped_in = tracer.stopped_in or function
             raise
+        finally:
+            tracer.inside.pop()
 
     return call

@@ -70,6 +70,7 @@ class Recorder(fx.Tracer):
         self.wrapped, self.whole = wrapped(), frozenset(whole)
         self.stopped: str | None = None
         self.stopped_in: Function | None = None
+        self.inside: list[Function] = []
         self.plain = False
         self._taken: list[tuple[fx.Proxy, tuple[FrameType, int], Guard]] = []
 
@@ -214,6 +215,7 @@ class Recorder(fx.Tracer):
             code=linecache.getline(*frame).strip() if frame else "",
             call=node.op == "call_module",
             leaf=node.op == "call_module" and self._asked(self.root.get_submodule(str(node.target)), path),
+            function=self.inside[0].__name__ if self.inside else "",
         )
         return node
 

@@ -170,6 +170,36 @@ def test_a_whole_function_that_writes_is_exported(tmp_path: Path) -> None:
     torch.testing.assert_close(Session(path).run(x)[0], simulated, rtol=1e-3, atol=1e-3)
 
 
+@fx.wrap
+def resized(x: Tensor) -> Tensor:
+    return resized_zeros(x) + 1
+
+
+@fx.wrap
+def resized_zeros(x: Tensor) -> Tensor:
+    return (2 * x).resize_(x.shape[0], 3, 10)
+
+
+@fx.wrap
+def written_out(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    torch.mul(x, 0.5, out=y)
+    return y
+
+
+@pytest.mark.parametrize(("name", "line"), [("resized", "resize_"), ("written_out", "out=y")])
+def test_a_write_that_nobody_can_rewrite_names_the_function_to_keep_whole(name: str, line: str) -> None:
+    model, x = Windows(name).eval(), image(2, 3, 10)
+    with pytest.raises(TraceError) as caught:
+        fxq.prepare(model, x)
+    assert line in str(caught.value.source)
+    assert f"or keep {name} whole with leaf_modules=[{name!r}]" in str(caught.value.hint)
+    quantized = fxq.quantize(model, [x], progress=False, leaf_modules=[name])
+    assert fxq.report(quantized).totals.weighted_quantized == 1
+    with torch.inference_mode():
+        torch.testing.assert_close(quantized(x), model(x), rtol=0, atol=0.1)
+
+
 def test_a_long_guard_is_shortened_for_people() -> None:
     guard = Guard("x.shape[0] + " * 40 + "1 > 7", ("x",), "net.py:3", "if n > 7:")
     assert not guard.holds({"x": (0, 0)})
