@@ -181,3 +181,21 @@ def test_random_models_give_the_same_in_both(seed: int, tmp_path: Path) -> None:
         rounded = quantized(x)
     assert sqnr_db(rounded, Session(path).run(x)[0]) > 60
     assert sqnr_db(model(x).detach(), rounded) > 25
+
+
+def test_a_layer_that_a_recipe_leaves_float_is_float(tmp_path: Path) -> None:
+    """Between a DQ and a Q its weight would be quantized by ONNX Runtime, so the layer before it is float too."""
+    layers: list[nn.Module] = [conv(), nn.ReLU(), conv(), nn.ReLU(), conv()]
+    model = seeded(lambda: nn.Sequential(*layers))
+    x = image(4, *SHAPE)
+    recipe = fxq.Recipe([fxq.Rule("2.0", None, reason="it is sensitive")])
+    gm = fxq.prepare(model, x, recipe=recipe, target="onnxruntime")
+    fxq.calibrate(gm, [x], progress=False)
+    path = fxq.export(fxq.convert(gm), tmp_path / "net.onnx")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    made = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert (made["QLinearConv"], made["FusedConv"] + made["Conv"]) == (1, 2), made
+    assert [finding.rule for finding in fxq.lint(path)] == ["ORT1"]
