@@ -61,8 +61,9 @@ def nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def sqnr(reference: Tensor, other: Tensor) -> float:
-    noise = float((reference.double() - other.double()).square().mean())
-    return math.inf if noise == 0 else 10 * math.log10(float(reference.double().square().mean()) / noise)
+    reference, other = reference.detach().double(), other.detach().double()
+    noise = float((reference - other).square().mean())
+    return math.inf if noise == 0 else 10 * math.log10(float(reference.square().mean()) / noise)
 
 
 QDQ_CONV = """
