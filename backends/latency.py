@@ -134,4 +134,5 @@ def _timed(call: Callable[[], Any], count: int, device: torch.device) -> list[fl
 
 
 def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # Event.__new__ has no annotations in torch
+    cuda: Any = torch.cuda  # torch annotates no Event.__new__
+    return cuda.Event(enable_timing=True)

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from ..checks import check
-from ..findings import Finding
+from ..findings import Finding, Severity
 from .onnx_graph import WEIGHTED, OnnxGraph
 from .onnx_nodes import Node, Quant
 
@@ -111,8 +111,8 @@ def integer_biases(graph: OnnxGraph) -> Iterator[Finding]:
             continue
         first, second, bias = (graph.dequantizer(name) for name in node.inputs[:3])
         if bias is None:
-            severity = "warning" if node.op == "Gemm" else "advice"
-            yield node.finding("ORT6", severity, f"the bias {node.input(2)!r} is float")  # type: ignore[arg-type]
+            severity: Severity = "warning" if node.op == "Gemm" else "advice"
+            yield node.finding("ORT6", severity, f"the bias {node.input(2)!r} is float")
         elif bias.dtype != "int32":
             yield node.finding("ORT6", "warning", f"the bias is {bias.dtype}")
         elif not _in_step(first, second, bias):

@@ -57,7 +57,7 @@ FLOAT32: Final = Typed()
 """No type but float32."""
 
 
-def export_onnx(  # noqa: PLR0913 - the options of fxq.export, which documents them one by one
+def export_onnx(  # noqa: PLR0913 - each is an option that fxq.export passes on by its own name
     gm: fx.GraphModule,
     example_args: tuple[Any, ...],
     example_kwargs: Mapping[str, Any] | None,

@@ -134,8 +134,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch's exporter needs to know about fxq's operators; zero points get their types afterwards."""
     from onnxscript import opset18 as op
 
-    # The exporter passes every argument of the operator by name; `dtype` is written afterwards, by type_zero_points.
-    def quantize(x: Any, scale: Any, zero_point: Any, axis: int | None = None, dtype: str = "int8") -> Any:  # noqa: ARG001
+    def quantize(x: Any, scale: Any, zero_point: Any, axis: int | None = None, dtype: str = "int8") -> Any:
+        del dtype  # the exporter passes every argument of the operator by name; type_zero_points writes this one
         attributes = {} if axis is None else {"axis": axis}
         return op.QuantizeLinear(x, scale, zero_point, **attributes)
 

@@ -45,7 +45,7 @@ _open: list[BuildLog] = []
 def tensorrt_logger(trt: ModuleType) -> Any:
     """fxq's one ``ILogger``: hands each message to the captures that are open, and keeps quiet otherwise."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined] # the base's module is an argument
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined] # TensorRT and TensorRT-RTX have one each, chosen at run time
         """Passes on what TensorRT says; never raises, because C++ is the caller."""
 
         def __init__(self) -> None:
@@ -88,7 +88,7 @@ def progress_monitor(trt: ModuleType, description: str) -> Iterator[Any]:
         transient=True,
     )
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined] # the base's module is an argument
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined] # TensorRT and TensorRT-RTX have one each, chosen at run time
         """One bar for each phase that is running."""
 
         def __init__(self) -> None:

@@ -247,4 +247,6 @@ class Session:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # Stream.__new__ has no annotations in torch
+    cuda: Any = torch.cuda  # torch annotates no Stream.__new__
+    stream: torch.cuda.Stream = cuda.Stream(device)
+    return stream

@@ -29,6 +29,7 @@ import runner
 import torch
 from accuracy_worker import TOOLS
 from judge import HERE, Judge, Settings
+from pages import written
 from tasks import TASKS
 
 Figures = Mapping[str, Sequence[float]]  # method -> changed predictions, SQNR in dB, top-1 in percent
@@ -233,15 +234,6 @@ def render(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def written(page: str, text: str) -> str:
-    """The page with `text` between the markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the page has no place for the tables: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def main() -> None:
     args = options()
     try:
@@ -253,10 +245,10 @@ def main() -> None:
         print(text)
     if (args.write or args.check) and (lacking := missing(results)):
         sys.exit(f"the results lack {', '.join(lacking)}")
-    if args.check and page != written(page, text):
+    if args.check and page != written(page, text, BEGIN, END):
         sys.exit(f"{args.page} does not show {args.results}: run accuracy.py --write")
     if args.write:
-        args.page.write_text(written(page, text))
+        args.page.write_text(written(page, text, BEGIN, END))
 
 
 if __name__ == "__main__":

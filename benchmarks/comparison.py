@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pages import written
+
 HERE: Final = Path(__file__).resolve().parent
 RESULTS: Final = HERE / "comparison.json"
 PAGE: Final = HERE.parent / "docs" / "comparison.md"
@@ -169,15 +171,6 @@ def tables(results: Mapping[str, Any]) -> str:
     )
 
 
-def written(page: str, text: str) -> str:
-    """The page with `text` between the markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the page has no place for the tables: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collect", type=Path, nargs="+", default=[], help="results of compare.py, compute_types.py")
@@ -192,10 +185,10 @@ def main() -> None:
         args.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     text = tables(results)
     page = args.page.read_text()
-    if args.check and page != written(page, text):
+    if args.check and page != written(page, text, BEGIN, END):
         sys.exit(f"{args.page} does not show {args.results}: run comparison.py --write")
     if args.write:
-        args.page.write_text(written(page, text))
+        args.page.write_text(written(page, text, BEGIN, END))
     if not (args.write or args.check):
         print(text)
 

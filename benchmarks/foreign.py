@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from context import Context
-from peers import quantizer
+from peers import QUANTIZERS, quantizer
 
-__all__: list[str] = []
+__all__ = ["QUANTIZERS"]
 
 
 @quantizer("torchao")

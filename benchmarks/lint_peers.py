@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import foreign  # noqa: F401 - it registers its quantizers
 import judge
 import numpy as np
 import onnx

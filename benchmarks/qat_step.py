@@ -126,7 +126,7 @@ def compare(args: argparse.Namespace, precision: str, *, compiled: bool) -> dict
             for _ in range(WARM_UP):
                 step()
             steps[name] = step
-        except Exception as error:  # noqa: BLE001 - a peer may fail in any way, and that is a result
+        except Exception as error:  # noqa: BLE001 - tools raise what they like, also bare Exception; the table shows it
             rows[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):

@@ -31,7 +31,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> 
     return 100 * right / len(labels)
 
 
-def train(  # noqa: PLR0913 - keyword-only hyperparameters of one run, none with a default worth hiding
+def train(  # noqa: PLR0913 - hyperparameters, all passed by name; an object for them would be made for one call
     model: nn.Module,
     images: Tensor,
     labels: Tensor,

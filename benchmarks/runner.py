@@ -17,8 +17,8 @@ from typing import Any
 import images
 import networks
 import torch
+from foreign import QUANTIZERS
 from judge import HERE, Judge, Settings
-from peers import QUANTIZERS
 from tasks import TASKS
 
 PEERS_PYTHON = "FXQ_PEERS_PYTHON"

@@ -6,7 +6,7 @@ file and no code. ``backends/tensorrt.yaml`` is the one to read first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,24 @@ class Target:
     def weighted(self) -> frozenset[str]:
         """The op kinds that are quantized for their own sake: convolutions and matrix products."""
         return frozenset(kind for kind, placement in self.ops.items() if placement.joins is None)
+
+    def require_known(self, key: str, known: Collection[str], form: str) -> None:
+        """Refuse what the data want written out and no pass can write.
+
+        Args:
+            key: ``"decomposes"`` or ``"adds"``.
+            known: The op kinds that can be.
+            form: What they are written as.
+
+        Raises:
+            TargetError: There is a kind under `key` that is not `known`.
+        """
+        strange = sorted(getattr(self, key).difference(known))
+        if strange:
+            raise TargetError(
+                f"target {self.name} {key} {', '.join(strange)}, for which fxq knows no {form}",
+                hint=f"it knows those of {', '.join(known)}",
+            )
 
     def at(self, version: str | None = None, compute_capability: str | None = None) -> Target:
         """This target with the heuristics that hold for one version and one GPU.

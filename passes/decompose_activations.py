@@ -9,7 +9,6 @@ from typing import ClassVar, Final
 from torch import fx
 
 from ..editor import Editor
-from ..errors import TargetError
 from ..graph import state
 from ..ops import KINDS, kind_name
 from ..passbase import Numeric, Pass
@@ -41,12 +40,7 @@ class DecomposeActivations(Pass):
 
     def call(self, editor: Editor) -> None:
         target = state(editor.gm).target
-        strange = sorted(target.decomposes - set(_GATES))
-        if strange:
-            raise TargetError(
-                f"target {target.name} decomposes {', '.join(strange)}, for which fxq knows no product",
-                hint=f"it knows those of {', '.join(_GATES)}",
-            )
+        target.require_known("decomposes", _GATES, "product")
         for node in list(editor.graph.nodes):
             if kind_name(node) in target.decomposes:
                 self._decompose(editor, node, _GATES[kind_name(node)])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from ..editor import Editor
-from ..errors import TargetError
 from ..graph import Annotation, TensorInfo, constant, edge_annotations, state, tensor_info
 from ..ops import KINDS, kind_name
 from ..passbase import Numeric, Pass
@@ -56,12 +55,7 @@ class WriteClampedSums(Pass):
 
     def call(self, editor: Editor) -> None:
         target = state(editor.gm).target
-        strange = sorted(target.adds - set(_SUMS))
-        if strange:
-            raise TargetError(
-                f"target {target.name} adds {', '.join(strange)}, for which fxq knows no sum",
-                hint=f"it knows those of {', '.join(_SUMS)}",
-            )
+        target.require_known("adds", _SUMS, "sum")
         for node in list(editor.graph.nodes):
             if kind_name(node) in target.adds and _among_integers(node):
                 _write(editor, node, _SUMS[kind_name(node)])
