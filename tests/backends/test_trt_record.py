@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from fake_tensorrt import fake
+from fake_tensorrt import RECORD, fake
 from qdq_onnx import residual_model
 
 from fxq.backends import trt_build
@@ -75,20 +75,6 @@ class TestRecord:
             Engine.load(tmp_path / "m.engine")
 
 
-RECORD = BuildRecord(
-    library="tensorrt",
-    version="11.2.0.5",
-    fxq="0.1",
-    system="linux x86_64",
-    device="NVIDIA L4",
-    capability="8.9",
-    onnx_sha256="0" * 64,
-    engine_sha256="1" * 64,
-    key="2" * 64,
-    options=BuildOptions().as_dict(),
-    profiles={},
-    build_seconds=1.0,
-)
 L4 = Platform("linux x86_64", "NVIDIA L4", "8.9")
 
 

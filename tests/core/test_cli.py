@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fake_tensorrt import RECORD
 from inspector import float_skip
 from lint_net import IMAGE, Net, residual
 from networks import cifar, top1
@@ -57,19 +59,15 @@ class Wrong(torch.nn.Module):
 def write_engine(path: Path) -> None:
     """A file that stands for an engine, with its record."""
     path.write_bytes(b"engine")
-    BuildRecord(
-        library="tensorrt",
+    dataclasses.replace(
+        RECORD,
         version="10.13.0",
         fxq="0.1.0",
-        system="linux x86_64",
         device="Some GPU",
-        capability="8.9",
         onnx_sha256="abc",
         engine_sha256=sha256(path),
-        key="key",
         options=BuildOptions(workspace_bytes=1024, weights="stripped").as_dict(),
         profiles={"x": [[1, 8], [4, 8], [16, 8]]},
-        build_seconds=1.0,
     ).write(path)
 
 
@@ -282,8 +280,6 @@ def test_sarif_names_the_source_line_and_nothing_else() -> None:
     plain = findings_as_sarif(found)["runs"][0]["results"]
     assert len(plain) == len(found)
     assert all("physicalLocation" not in place for result in plain for place in result["locations"])
-    import dataclasses
-
     (result,) = findings_as_sarif([dataclasses.replace(found[0], source="my net.py:7")])["runs"][0]["results"]
     place = result["relatedLocations"][0]["physicalLocation"]
     assert place == {"artifactLocation": {"uri": "my%20net.py"}, "region": {"startLine": 7}}
